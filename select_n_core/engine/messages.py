@@ -1,0 +1,178 @@
+"""What travels between the engine and its clients: frozen dataclasses, one message per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from select_n_core.errors import InputError
+
+
+class FinishReason(StrEnum):
+    """Why a request produces no more tokens."""
+
+    STOP = "stop"  # end-of-sequence token, stop token or stop string
+    LENGTH = "length"  # max_tokens reached
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. Defaults are greedy.
+
+    Attributes:
+        max_tokens: output tokens at most.
+        temperature: 0 is greedy.
+        top_p, top_k, min_p: nucleus mass, candidates (0 is all), relative floor.
+        repetition_penalty: over prompt and output, 1 is none (CTRL's, as transformers has it).
+        presence_penalty, frequency_penalty: over output only, 0 is none (OpenAI's).
+        seed: of this request's own generator; None draws one.
+        logprobs: number of alternatives reported with each token's log-probability; None is off.
+        stop_token_ids: tokens that end the request, not shown in the text.
+        ignore_eos: go on past end-of-sequence tokens (benchmarks).
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature <= 2, "between 0 and 2"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+        }
+        for name, (holds, range_) in checks.items():
+            if not holds:
+                raise InputError(f"{name} must be {range_}, got {getattr(self, name)}", field=name)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate.
+
+    Attributes:
+        id: unique among live requests.
+        prompt: token ids, at least one.
+        tenant: opaque; requests of one tenant share its fair share.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of the token drawn and of the most likely alternatives."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step added to one request.
+
+    Attributes:
+        tokens: new token ids, in order; the end-of-sequence token is not among them.
+        finish: set on the request's last output.
+        error: the error behind `finish == ERROR`.
+    """
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A step's view of the engine, for reports and autoscaling.
+
+    Attributes:
+        k, interval: units streamed now and N = L/k.
+        running, waiting: requests.
+        kv_free_tokens, kv_tokens: KV capacity left and in all.
+        link_bytes, streamed_units: host to device since start.
+        stall_s: compute time lost waiting for copies since start.
+        iteration_s: last iteration's wall time.
+        ttft_headroom, tpot_headroom: 1 - p95 over the last window / target; None while nothing
+            finished in it. Negative is a broken promise.
+    """
+
+    k: int = 0
+    interval: float | None = None
+    running: int = 0
+    waiting: int = 0
+    kv_free_tokens: int = 0
+    kv_tokens: int = 0
+    iterations: int = 0
+    link_bytes: int = 0
+    streamed_units: int = 0
+    stall_s: float = 0.0
+    iteration_s: float = 0.0
+    ttft_headroom: float | None = None
+    tpot_headroom: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Facts about a started engine that do not change while k is fixed.
+
+    Attributes:
+        plan_line: what was requested, pinned and predicted, for people.
+        max_tokens: the most prompt plus output tokens one request may have.
+        device_bytes: the arena, exactly. host_bytes: the mirrors, exactly.
+    """
+
+    plan_line: str
+    units: int
+    k: int
+    interval: float | None
+    max_batch: int
+    max_tokens: int
+    device_bytes: int
+    host_bytes: int
+    kv_tokens: int
+    predicted_tpot_s: float
+    predicted_iteration_s: float
+    link_kind: str
+    link_bytes_per_s: float
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """To the engine, between two steps."""
+
+    submit: tuple[Request, ...] = ()
+    cancel: tuple[str, ...] = ()
+    stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """From the engine, after each step."""
+
+    outputs: tuple[Output, ...] = ()
+    stats: EngineStats = field(default_factory=EngineStats)

@@ -1,0 +1,102 @@
+"""Everything this project raises on purpose: each error says what was wrong and what to do."""
+
+from __future__ import annotations
+
+
+class SelectNError(Exception):
+    """Base of all errors raised on purpose.
+
+    `code` is the stable word that logs, HTTP bodies and tests match on.
+    """
+
+    code = "select_n_error"
+
+
+class InputError(SelectNError, ValueError):
+    """The caller asked for something malformed; `field` names the offending input, if one does."""
+
+    code = "invalid_input"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ConfigError(InputError):
+    """A configuration file or argument is broken."""
+
+    code = "invalid_config"
+
+
+class RequestError(InputError):
+    """One request cannot be served as asked; nobody else's is affected."""
+
+    code = "invalid_request"
+
+
+class ContextLengthError(RequestError):
+    """Prompt plus max_tokens is more than this replica can ever hold."""
+
+    code = "context_length_exceeded"
+
+
+class UnsupportedModelError(InputError):
+    """The architecture does not fit the attention and weight seams."""
+
+    code = "unsupported_model"
+
+
+class ModelNotFoundError(InputError):
+    """A model name or directory does not exist."""
+
+    code = "model_not_found"
+
+
+class RecordMismatchError(InputError):
+    """A performance record was measured on other hardware, software or model."""
+
+    code = "record_mismatch"
+
+
+class InfeasibleError(SelectNError):
+    """No plan meets the SLO in the memory given; `reason` is the planner's word for why."""
+
+    code = "infeasible"
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class OverloadedError(SelectNError):
+    """The queue is full; the request was not accepted and may be retried after `retry_after_s`."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class LinkError(SelectNError):
+    """A copy between host and device failed or cannot be made."""
+
+    code = "link_error"
+
+
+class StreamingError(SelectNError):
+    """The streaming protocol was misused: a ticket, slot or unit out of order."""
+
+    code = "streaming_error"
+
+
+class DeviceMemoryError(SelectNError):
+    """The device arena cannot hold what was asked of it."""
+
+    code = "device_memory"
+
+
+class EngineError(SelectNError):
+    """The engine failed while serving a request, or is no longer running."""
+
+    code = "engine_error"

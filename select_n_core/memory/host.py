@@ -1,0 +1,26 @@
+"""Exact host maps: a mirror takes the bytes it needs and no power of two above."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from select_n_core.errors import SelectNError
+
+
+class HostMap:
+    """An anonymous map of `nbytes` (rounded up to a page), as one flat uint8 tensor."""
+
+    def __init__(self, nbytes: int) -> None:
+        if nbytes < 1:
+            raise SelectNError(f"a host map needs at least one byte, got {nbytes}")
+        self.nbytes = nbytes
+        self._map: mmap.mmap | None = mmap.mmap(-1, nbytes)
+        self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Give the bytes back once the last tensor over them is gone. Idempotent."""
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self._map = None  # unmapped when the last view is collected

@@ -1,0 +1,78 @@
+"""The one parser of sizes, times and rates written with units (`256MiB`, `2GB/s`, `50ms`).
+
+Pint knows the units; this module knows which dimension a field wants and how to say so
+when it does not get it. Inside the program every quantity is a plain number in SI units
+(bytes, seconds, bytes per second) and its name says which.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated, Any
+
+import pint
+from pydantic import BeforeValidator, WithJsonSchema
+
+from select_n_core.errors import InputError
+
+
+@cache
+def _registry() -> pint.UnitRegistry[float]:
+    return pint.UnitRegistry(cache_folder=":auto:")
+
+
+def _parse(text: object, unit: str, example: str) -> float:
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        return float(text)
+    mend = f"{text!r} is not a {unit} quantity; write it with a unit, for example {example!r}"
+    if not isinstance(text, str):
+        raise InputError(mend)
+    try:
+        quantity = _registry().Quantity(text)
+        value = float(quantity.to(unit).magnitude)
+    except Exception as error:  # pint raises a dozen kinds, AssertionError among them
+        raise InputError(mend) from error
+    if value != value or value in (float("inf"), float("-inf")):
+        raise InputError(mend)
+    return value
+
+
+def parse_bytes(text: object) -> int:
+    """Bytes from `256MiB`, `1.5GB` or a plain number of bytes."""
+    return round(_parse(text, "byte", "256MiB"))
+
+
+def parse_seconds(text: object) -> float:
+    """Seconds from `50ms`, `2s` or a plain number of seconds."""
+    return _parse(text, "second", "50ms")
+
+
+def parse_bytes_per_s(text: object) -> float:
+    """Bytes per second from `2GB/s` or a plain number of bytes per second."""
+    return _parse(text, "byte/second", "2GB/s")
+
+
+def format_bytes(value: float) -> str:
+    """`268435456` as `256 MiB`, for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
+
+
+def format_seconds(value: float) -> str:
+    """`0.0431` as `43.1 ms`, for people."""
+    return f"{value * 1e3:.3g} ms" if abs(value) < 1 else f"{value:.3g} s"
+
+
+def _field(parse: Any, example: str) -> Any:
+    return (
+        BeforeValidator(parse),
+        WithJsonSchema({"type": ["string", "number"], "examples": [example]}),
+    )
+
+
+Bytes = Annotated[int, *_field(parse_bytes, "256MiB")]
+Seconds = Annotated[float, *_field(parse_seconds, "50ms")]
+BytesPerSecond = Annotated[float, *_field(parse_bytes_per_s, "2GB/s")]

@@ -1,0 +1,141 @@
+"""A unit: the smallest thing that moves, one flat buffer with every tensor a view of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from select_n_core.errors import StreamingError
+
+ALIGNMENT = 256  # bytes; of every tensor in a flat buffer and of every region in the arena
+
+
+def align(nbytes: int) -> int:
+    """`nbytes` rounded up to the alignment."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(slots=True)
+class _Place:
+    """One tensor's place in the flat buffer and everyone who holds it."""
+
+    owners: list[tuple[nn.Module, str]]
+    source: Tensor | None
+    parameter: nn.Parameter | None
+    offset: int
+    nbytes: int
+    shape: torch.Size
+    dtype: torch.dtype
+    empty: Tensor
+
+
+class FlatUnit:
+    """The tensors of a run of modules, parameters and buffers alike, laid out back to back.
+
+    The unit starts bound to its source tensors (the checkpoint's). `fill` writes them into a
+    buffer, `bind` points the modules at a buffer's views, `unbind` leaves zero-size tensors
+    behind, so that a use out of turn raises instead of reading somebody else's bytes.
+    """
+
+    def __init__(self, name: str, tensors: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
+        self.name = name
+        self._places: list[_Place] = []
+        self._views: dict[int, list[Tensor]] = {}
+        seen: dict[int, _Place] = {}
+        offset = 0
+        for owner, attribute, tensor in tensors:
+            if (place := seen.get(id(tensor))) is not None:
+                place.owners.append((owner, attribute))
+                continue
+            nbytes = tensor.numel() * tensor.element_size()
+            parameter = tensor if isinstance(tensor, nn.Parameter) else None
+            place = _Place(
+                owners=[(owner, attribute)],
+                source=tensor.detach(),
+                parameter=parameter,
+                offset=offset,
+                nbytes=nbytes,
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                empty=torch.empty(0, dtype=tensor.dtype),
+            )
+            seen[id(tensor)] = place
+            self._places.append(place)
+            offset += align(nbytes)
+        self.nbytes = offset
+
+    def fill(self, buffer: Tensor) -> None:
+        """Write the source tensors into `buffer` (uint8, `nbytes` long, any device)."""
+        for place, view in zip(self._places, self._views_of(buffer), strict=True):
+            if place.source is None:
+                raise StreamingError(f"unit {self.name}: its source was released; load it again")
+            view.copy_(place.source)
+
+    def release_source(self) -> None:
+        """Forget the checkpoint's tensors; from here on the unit lives in the buffers it filled."""
+        for place in self._places:
+            place.source = None
+
+    def bind(self, buffer: Tensor) -> None:
+        """Point every owner at the views of `buffer`."""
+        self._point(self._views_of(buffer))
+
+    def unbind(self) -> None:
+        """Leave zero-size tensors behind."""
+        self._point([place.empty for place in self._places])
+
+    def restore(self) -> None:
+        """Point every owner back at the source tensors."""
+        sources = [place.source for place in self._places if place.source is not None]
+        if len(sources) < len(self._places):
+            raise StreamingError(f"unit {self.name}: its source was released; load it again")
+        self._point(sources)
+
+    def forget_views(self) -> None:
+        """Drop cached views of buffers that are about to be freed."""
+        self._views.clear()
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors the modules hold right now."""
+        found: list[Tensor] = []
+        for place in self._places:
+            owner, attribute = place.owners[0]
+            found.append(getattr(owner, attribute))
+        return found
+
+    def _point(self, views: Sequence[Tensor]) -> None:
+        for place, view in zip(self._places, views, strict=True):
+            if place.parameter is not None:
+                place.parameter.data = view
+            else:
+                for owner, attribute in place.owners:
+                    owner._buffers[attribute] = view
+
+    def _views_of(self, buffer: Tensor) -> list[Tensor]:
+        views = self._views.get(buffer.data_ptr())
+        if views is None:
+            if buffer.dtype != torch.uint8 or buffer.numel() < self.nbytes:
+                raise StreamingError(
+                    f"unit {self.name}: needs {self.nbytes} bytes of uint8, "
+                    f"got {buffer.numel()} of {buffer.dtype}"
+                )
+            views = [
+                buffer[place.offset : place.offset + place.nbytes]
+                .view(place.dtype)
+                .view(place.shape)
+                for place in self._places
+            ]
+            self._views[buffer.data_ptr()] = views
+        return views
+
+
+def named_tensors(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Every (owner, attribute, tensor) below `module`: parameters, then buffers, in module order."""
+    found: list[tuple[nn.Module, str, Tensor]] = []
+    for owner in module.modules():
+        found += [(owner, name, p) for name, p in owner._parameters.items() if p is not None]
+        found += [(owner, name, b) for name, b in owner._buffers.items() if b is not None]
+    return found
