@@ -11,6 +11,7 @@ transfer time t each, d slots in the staging ring, N = L / k.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from functools import lru_cache
 
 from select_n_core.decisions.order import streamed_units
@@ -19,27 +20,49 @@ _WARM_UP = 8
 _MEASURED = 12  # a multiple of 1, 2, 3 and 4: the recurrence's period divides d
 
 
-def iteration_s(
-    units: int, k: int, slots: int, unit_compute_s: float, outside_s: float, transfer_s: float
-) -> float:
-    """Steady-state seconds per iteration of pi's first `k` units streamed through `slots` slots.
+@dataclass(frozen=True, slots=True)
+class UnitCost:
+    """Compute seconds of one unit, by where its bytes come from.
 
-    Source: DESIGN's recurrence `copy_end_j = max(copy_end_{j-1}, unit_done_{j-d}) + t`,
-    `unit_start_j = max(copy_end_j, prev_unit_done)`, prefetched cyclically across iterations.
+    Attributes:
+        home_s: at home (c).
+        streamed_s: from a slot, its copy there in time. Above `home_s` where fresh bytes are
+            colder than resident ones, as on a CPU.
+        stalled_s: from a slot, after compute idled `stall_s` for it: caches and clocks cool.
+        stall_s: the wait at which `stalled_s` was seen; shorter waits cost in proportion.
     """
-    return _steady_state(streamed_units(units, k), units, slots, unit_compute_s, outside_s, transfer_s)
+
+    home_s: float
+    streamed_s: float
+    stalled_s: float
+    stall_s: float
+
+    @classmethod
+    def uniform(cls, compute_s: float) -> UnitCost:
+        """A device on which it makes no difference."""
+        return cls(compute_s, compute_s, compute_s, 1.0)
+
+    def after_wait(self, wait_s: float) -> float:
+        """Compute seconds of a streamed unit that waited `wait_s`."""
+        share = min(1.0, wait_s / self.stall_s)
+        return self.streamed_s + share * (self.stalled_s - self.streamed_s)
 
 
-def placement_s(
-    streamed: tuple[int, ...],
-    units: int,
-    slots: int,
-    unit_compute_s: float,
-    outside_s: float,
-    transfer_s: float,
+def iteration_s(
+    units: int, k: int, slots: int, cost: UnitCost | float, outside_s: float, transfer_s: float
 ) -> float:
-    """As `iteration_s`, for any set of streamed units in call order."""
-    return _steady_state(streamed, units, slots, unit_compute_s, outside_s, transfer_s)
+    """Steady-state seconds per iteration with pi's first `k` units streamed through `slots` slots.
+
+    The recurrence `copy_end_j = max(copy_end_{j-1}, unit_done_{j-d}) + t`,
+    `unit_start_j = max(copy_end_j, prev_unit_done)`, prefetched cyclically across iterations.
+
+    Args:
+        cost: of a unit; a plain number of seconds is a uniform cost c.
+        outside_s: g. transfer_s: t, of one unit.
+    """
+    if not isinstance(cost, UnitCost):
+        cost = UnitCost.uniform(cost)
+    return _steady_state(streamed_units(units, k), units, slots, cost, outside_s, transfer_s)
 
 
 @lru_cache(maxsize=65536)
@@ -47,28 +70,29 @@ def _steady_state(
     streamed: tuple[int, ...],
     units: int,
     slots: int,
-    unit_compute_s: float,
+    cost: UnitCost,
     outside_s: float,
     transfer_s: float,
 ) -> float:
     if not streamed:
-        return units * unit_compute_s + outside_s
+        return units * cost.home_s + outside_s
     # Compute between two streamed units is one block: the units at home in between.
-    gaps = [
-        (unit - before - 1) * unit_compute_s
+    gaps_s = [
+        (unit - before - 1) * cost.home_s
         for before, unit in zip((-1, *streamed), streamed, strict=False)
     ]
-    tail_s = (units - 1 - streamed[-1]) * unit_compute_s + outside_s
-    done: deque[float] = deque([0.0] * slots, maxlen=slots)  # unit_done of the last d tickets
-    clock_s = copy_end_s = 0.0
-    started_s = 0.0
+    tail_s = (units - 1 - streamed[-1]) * cost.home_s + outside_s
+    done_s: deque[float] = deque([0.0] * slots, maxlen=slots)  # of the last d tickets
+    clock_s = copy_end_s = started_s = 0.0
     for iteration in range(_WARM_UP + _MEASURED):
         if iteration == _WARM_UP:
             started_s = clock_s
-        for gap_s in gaps:
-            copy_end_s = max(copy_end_s, done[0]) + transfer_s
-            clock_s = max(copy_end_s, clock_s + gap_s) + unit_compute_s
-            done.append(clock_s)
+        for gap_s in gaps_s:
+            copy_end_s = max(copy_end_s, done_s[0]) + transfer_s
+            clock_s += gap_s
+            wait_s = max(0.0, copy_end_s - clock_s)
+            clock_s += wait_s + cost.after_wait(wait_s)
+            done_s.append(clock_s)
         clock_s += tail_s
     return (clock_s - started_s) / _MEASURED
 
@@ -76,10 +100,10 @@ def _steady_state(
 def law_s(
     units: int, k: int, slots: int, unit_compute_s: float, outside_s: float, transfer_s: float
 ) -> float:
-    """Closed form: exact for even spacing (k divides L, k > d), a lower bound for pi's prefixes.
+    """Closed form for a uniform cost c: exact for even spacing (k divides L, k > d), else a bound.
 
     T = max(L*c + g, k*t, k*(t + c)/d, (k - d)*t + (N + 1)*c + g); for one slot the last term
-    reads (k - 1)*(t + c) + N*c + g.
+    reads (k - 1)*(t + c) + N*c + g. For pi's other prefixes it is a lower bound.
     """
     compute_s = units * unit_compute_s + outside_s
     if k == 0:
@@ -90,10 +114,3 @@ def law_s(
     else:
         last_s = (k - slots) * transfer_s + per_group_s + unit_compute_s + outside_s
     return max(compute_s, k * transfer_s, k * (transfer_s + unit_compute_s) / slots, last_s)
-
-
-def stall_free_k(units: int, unit_compute_s: float, outside_s: float, transfer_s: float) -> int:
-    """Largest k whose copies the compute can hide at all: k*t <= L*c + g."""
-    if transfer_s <= 0:
-        return units
-    return min(units, int((units * unit_compute_s + outside_s) / transfer_s))

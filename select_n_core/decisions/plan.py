@@ -1,0 +1,390 @@
+"""The planner: from a latency model, a memory budget and an SLO to k and N.
+
+Source: Select-N's offline stage (arXiv 2502.08182): N_min follows from the SLO, N_max from
+device memory; an empty range is a reason, not a crash. Here the choice maximises goodput, and
+k = 0 ("do not offload") is always a candidate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from select_n_core.decisions.latency import LatencyModel, StepShape, chunk_pairs
+from select_n_core.decisions.layout import ModelMemory, arena_bytes_for, device_layout
+from select_n_core.decisions.order import interval_of_k
+from select_n_core.errors import InputError
+from select_n_core.quantities import format_bytes, format_seconds
+from select_n_core.slo import SLO
+
+TPOT_MARGIN = 0.05  # share of the target kept back: a measured iteration varies by a few per cent
+
+
+class Reason(StrEnum):
+    """Why there is no feasible plan."""
+
+    SLO_BELOW_COMPUTE = "slo_below_compute"
+    DEVICE_TOO_SMALL = "device_too_small"
+    HOST_TOO_SMALL = "host_too_small"
+    INTERVAL_RANGE_EMPTY = "interval_range_empty"
+
+
+class Note(StrEnum):
+    """What a user should know about a feasible plan."""
+
+    OFFLOAD_NOT_NEEDED = "offload_not_needed"
+    FORCED_INTERVAL = "forced_interval"
+    FORCED_INTERVAL_GAINS_NOTHING = "forced_interval_gains_nothing"
+    FORCED_INTERVAL_MISSES_SLO = "forced_interval_misses_slo"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """Everything the planner looks at.
+
+    Attributes:
+        prompt_tokens, output_tokens: of the typical request.
+        rate_per_s: requests per second expected; None asks for the most the replica can do.
+        max_batch: running requests at most. max_step_tokens: tokens per step at most (B_max).
+        max_context: positions the model was made for.
+        forced_k: a user's fixed interval; None lets the planner choose.
+    """
+
+    memory: ModelMemory
+    latency: LatencyModel
+    slo: SLO
+    device_bytes: int
+    host_bytes: int
+    slots: int = 2
+    max_batch: int = 16
+    max_step_tokens: int = 256
+    max_context: int = 1 << 30
+    prompt_tokens: int = 128
+    output_tokens: int = 64
+    rate_per_s: float | None = None
+    forced_k: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One k and what it gives.
+
+    Attributes:
+        batch: the running requests that maximise goodput within the SLO; 0 when none holds it.
+        iteration_s: of a decode step of that batch at mid-output.
+        tpot_s: mean per token at that batch, prompt work of newcomers included.
+        ttft_s: of a typical prompt joining the others, no queue.
+        requests_per_s: goodput of that batch.
+    """
+
+    k: int
+    interval: float | None
+    device_bytes: int
+    host_bytes: int
+    kv_tokens: int
+    batch: int
+    iteration_s: float
+    tpot_s: float
+    ttft_s: float
+    requests_per_s: float
+    fits_device: bool
+    fits_host: bool
+    meets_tpot: bool
+    meets_ttft: bool
+
+    @property
+    def feasible(self) -> bool:
+        """Whether every limit holds with at least one running request."""
+        return self.fits_device and self.fits_host and self.meets_tpot and self.meets_ttft
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The planner's answer.
+
+    Attributes:
+        k, interval: units streamed and N = L/k; interval is None at k = 0.
+        interval_range: (N from the SLO and host memory, N from device memory); an end is None
+            where nothing needs streaming. None when a bound does not exist at all.
+        reason: the word for why it is infeasible. message: the same in a sentence with the mend.
+        candidates: every k from 0 to L, for tables and plots.
+    """
+
+    feasible: bool
+    k: int
+    interval: float | None
+    interval_range: tuple[float | None, float | None] | None
+    predicted_iteration_s: float
+    predicted_tpot_s: float
+    predicted_ttft_s: float
+    device_bytes: int
+    host_bytes: int
+    max_batch: int
+    kv_tokens: int
+    slots: int
+    reason: Reason | None
+    note: Note | None
+    message: str
+    candidates: tuple[Candidate, ...]
+
+
+def make_plan(inputs: PlanInputs) -> Plan:
+    """Choose k: the fewest streamed units among those with the most goodput within the SLO."""
+    _check(inputs)
+    candidates = tuple(_candidate(inputs, k) for k in range(inputs.memory.units + 1))
+    if inputs.forced_k is not None:
+        return _forced(inputs, candidates)
+    # 0 < k <= d frees nothing: the ring takes what the homes gave.
+    useful = [c for c in candidates if c.feasible and (c.k == 0 or c.k > inputs.slots)]
+    if not useful:
+        return _infeasible(inputs, candidates)
+    wanted = inputs.rate_per_s if inputs.rate_per_s is not None else float("inf")
+    best = max(useful, key=lambda c: (min(c.requests_per_s, wanted), -c.k))
+    note = Note.OFFLOAD_NOT_NEEDED if best.k == 0 else None
+    message = (
+        "everything fits on the device: nothing is streamed"
+        if best.k == 0
+        else f"one in every {best.interval:g} layers streams from host memory"
+    )
+    return _plan(inputs, candidates, best, note=note, message=message)
+
+
+def capacity_tokens(plan: Plan, inputs: PlanInputs) -> int:
+    """The most prompt plus output tokens that one request may have under `plan`."""
+    return min(inputs.max_context, plan.kv_tokens)
+
+
+def decode_shape(rows: int, prompt_tokens: int, output_tokens: int) -> StepShape:
+    """A decode step of `rows` typical requests at mid-output."""
+    return StepShape(
+        decode_rows=rows, context_tokens=rows * (prompt_tokens + output_tokens // 2)
+    )
+
+
+def _candidate(inputs: PlanInputs, k: int) -> Candidate:
+    memory = inputs.memory
+    layout = device_layout(memory, inputs.device_bytes, k, inputs.slots)
+    request_blocks = memory.blocks_of(inputs.prompt_tokens + inputs.output_tokens)
+    blocks = layout.kv_blocks if layout is not None else 0
+    host_bytes = memory.mirrored_bytes(k)
+    most = min(inputs.max_batch, blocks // request_blocks)
+    # With too little memory for one request, the times are still worth showing.
+    choices = [_serving(inputs, k, batch) for batch in range(1, max(1, most) + 1)]
+    in_time = [c for c in choices if _meets_tpot(inputs, c) and _meets_ttft(inputs, c)]
+    batch, iteration_s, tpot_s, ttft_s, rate = max(
+        in_time or choices[:1], key=lambda choice: choice[4]
+    )
+    return Candidate(
+        k=k,
+        interval=interval_of_k(k, memory.units),
+        device_bytes=arena_bytes_for(memory, k, inputs.slots, request_blocks),
+        host_bytes=host_bytes,
+        kv_tokens=blocks * memory.block_tokens,
+        batch=batch if in_time and most else 0,
+        iteration_s=iteration_s,
+        tpot_s=tpot_s,
+        ttft_s=ttft_s,
+        requests_per_s=rate if in_time and most else 0.0,
+        fits_device=layout is not None and most >= 1,
+        fits_host=host_bytes <= inputs.host_bytes,
+        meets_tpot=any(_meets_tpot(inputs, choice) for choice in choices),
+        meets_ttft=any(_meets_ttft(inputs, choice) for choice in choices),
+    )
+
+
+_Serving = tuple[int, float, float, float, float]  # batch, iteration, tpot, ttft, requests/s
+
+
+def _serving(inputs: PlanInputs, k: int, batch: int) -> _Serving:
+    """Steady state with `batch` typical requests running: each leaves and is replaced in turn."""
+    model, slots = inputs.latency, inputs.slots
+    prompt, output = inputs.prompt_tokens, inputs.output_tokens
+    decode = decode_shape(batch, prompt, output)
+    decode_s = model.iteration_s(decode, k, slots)
+    # `batch` prompts arrive per `output` iterations; the extra time is spread over all tokens.
+    chunk_s, chunks = _prefill(inputs, decode_shape(batch - 1, prompt, output), k)
+    tpot_s = decode_s
+    if batch > 1:
+        extra_s = max(0.0, chunk_s - decode_s * chunks)
+        tpot_s += (batch - 1) * extra_s / output
+    ttft_s = decode_s + chunk_s if batch > 1 else chunk_s
+    rate = batch / (chunk_s + (output - 1) * tpot_s)
+    return batch, decode_s, tpot_s, ttft_s, rate
+
+
+def _prefill(inputs: PlanInputs, beside: StepShape, k: int) -> tuple[float, int]:
+    """Seconds and steps to compute a typical prompt beside the running rows."""
+    room = inputs.max_step_tokens - beside.decode_rows
+    left, context, total_s, steps = inputs.prompt_tokens, 0, 0.0, 0
+    while left:
+        tokens = min(left, room)
+        shape = replace(
+            beside,
+            prefill_tokens=tokens,
+            prefill_pairs=chunk_pairs(context, tokens),
+        )
+        total_s += inputs.latency.iteration_s(shape, k, inputs.slots)
+        left, context, steps = left - tokens, context + tokens, steps + 1
+    return total_s, steps
+
+
+def _meets_tpot(inputs: PlanInputs, serving: _Serving) -> bool:
+    return serving[2] <= inputs.slo.tpot_s * (1 - TPOT_MARGIN)
+
+
+def _meets_ttft(inputs: PlanInputs, serving: _Serving) -> bool:
+    return serving[3] <= inputs.slo.ttft_s
+
+
+def _range(candidates: tuple[Candidate, ...]) -> tuple[int | None, int | None]:
+    """(largest k in time and in host memory, smallest k that fits the device)."""
+    upper = [c.k for c in candidates if c.fits_host and c.meets_tpot and c.meets_ttft]
+    lower = [c.k for c in candidates if c.fits_device]
+    return max(upper, default=None), min(lower, default=None)
+
+
+def _plan(
+    inputs: PlanInputs,
+    candidates: tuple[Candidate, ...],
+    chosen: Candidate,
+    *,
+    reason: Reason | None = None,
+    note: Note | None = None,
+    message: str,
+) -> Plan:
+    upper, lower = _range(candidates)
+    units = inputs.memory.units
+    bounds = (
+        None
+        if upper is None or lower is None
+        else (interval_of_k(upper, units), interval_of_k(lower, units))
+    )
+    return Plan(
+        feasible=reason is None,
+        k=chosen.k,
+        interval=chosen.interval,
+        interval_range=bounds,
+        predicted_iteration_s=chosen.iteration_s,
+        predicted_tpot_s=chosen.tpot_s,
+        predicted_ttft_s=chosen.ttft_s,
+        device_bytes=inputs.device_bytes,
+        host_bytes=chosen.host_bytes,
+        max_batch=chosen.batch,
+        kv_tokens=chosen.kv_tokens,
+        slots=inputs.slots,
+        reason=reason,
+        note=note,
+        message=message,
+        candidates=candidates,
+    )
+
+
+def _forced(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
+    """A user's interval is obeyed as long as memory holds it; a missed SLO is a note."""
+    assert inputs.forced_k is not None
+    chosen = candidates[inputs.forced_k]
+    if not chosen.fits_device or not chosen.fits_host:
+        kind, reason = (
+            ("device", Reason.DEVICE_TOO_SMALL)
+            if not chosen.fits_device
+            else ("host", Reason.HOST_TOO_SMALL)
+        )
+        need, have = (
+            (chosen.device_bytes, inputs.device_bytes)
+            if kind == "device"
+            else (chosen.host_bytes, inputs.host_bytes)
+        )
+        message = (
+            f"interval {_shown(chosen.interval)} (k = {chosen.k}) needs {format_bytes(need)} of "
+            f"{kind} memory, {format_bytes(have)} are given; raise {kind}_memory or set "
+            "interval: auto"
+        )
+        return _plan(inputs, candidates, chosen, reason=reason, message=message)
+    if 0 < chosen.k <= inputs.slots:
+        note = Note.FORCED_INTERVAL_GAINS_NOTHING
+        message = (
+            f"k = {chosen.k} frees no device memory: the staging ring of {inputs.slots} slots "
+            "takes it all"
+        )
+    elif not (chosen.meets_tpot and chosen.meets_ttft):
+        note = Note.FORCED_INTERVAL_MISSES_SLO
+        message = (
+            f"interval {_shown(chosen.interval)} is predicted to take "
+            f"{format_seconds(chosen.tpot_s)} per token and {format_seconds(chosen.ttft_s)} to "
+            f"the first, above the targets"
+        )
+    else:
+        note = Note.FORCED_INTERVAL
+        message = f"interval {_shown(chosen.interval)} as asked"
+    batch = max(1, min(inputs.max_batch, chosen.kv_tokens // inputs.memory.block_tokens))
+    return _plan(
+        inputs,
+        candidates,
+        replace(chosen, batch=chosen.batch or batch),
+        note=note,
+        message=message,
+    )
+
+
+def _infeasible(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
+    upper, lower = _range(candidates)
+    memory, slo = inputs.memory, inputs.slo
+    everything = candidates[-1]
+    fastest = min(candidates, key=lambda c: c.tpot_s)
+    if lower is None:
+        reason, shown = Reason.DEVICE_TOO_SMALL, everything
+        message = (
+            f"even with every unit streamed, one request of "
+            f"{inputs.prompt_tokens + inputs.output_tokens} tokens needs "
+            f"{format_bytes(everything.device_bytes)} of device memory, "
+            f"{format_bytes(inputs.device_bytes)} are given; raise device_memory"
+        )
+    elif not any(c.meets_tpot and c.meets_ttft for c in candidates):
+        reason, shown = Reason.SLO_BELOW_COMPUTE, fastest
+        which, target_s, best_s = (
+            ("tpot", slo.tpot_s * (1 - TPOT_MARGIN), fastest.tpot_s)
+            if not any(c.meets_tpot for c in candidates)
+            else ("ttft", slo.ttft_s, min(c.ttft_s for c in candidates))
+        )
+        message = (
+            f"the fastest iteration alone takes {format_seconds(best_s)}, above the {which} "
+            f"target's {format_seconds(target_s)}; raise {which} or use a faster device"
+        )
+    elif not any(c.fits_device and c.fits_host for c in candidates):
+        reason, shown = Reason.HOST_TOO_SMALL, candidates[lower]
+        message = (
+            f"the device holds the model only with {lower} or more of {memory.units} units "
+            f"streamed, which takes {format_bytes(candidates[lower].host_bytes)} of host memory; "
+            f"{format_bytes(inputs.host_bytes)} are given; raise host_memory or device_memory"
+        )
+    else:
+        reason, shown = Reason.INTERVAL_RANGE_EMPTY, candidates[lower]
+        needed = candidates[upper or 0]
+        message = (
+            f"the targets allow N >= {_shown(needed.interval)} (k <= {needed.k}), device memory "
+            f"needs N <= {_shown(shown.interval)} (k >= {shown.k}): give "
+            f"{format_bytes(needed.device_bytes)} of device_memory, or a tpot of "
+            f"{format_seconds(shown.tpot_s / (1 - TPOT_MARGIN))}"
+        )
+    return _plan(inputs, candidates, replace(shown, batch=0), reason=reason, message=message)
+
+
+def _shown(interval: float | None) -> str:
+    return "off" if interval is None else f"{interval:g}"
+
+
+def _check(inputs: PlanInputs) -> None:
+    for name in ("device_bytes", "slots", "max_batch", "prompt_tokens", "output_tokens"):
+        if getattr(inputs, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(inputs, name)}", field=name)
+    if inputs.host_bytes < 0:
+        raise InputError(f"host_memory must not be negative, got {inputs.host_bytes}")
+    total = inputs.prompt_tokens + inputs.output_tokens
+    if total > inputs.max_context:
+        raise InputError(
+            f"prompt_tokens + output_tokens is {total}, the model's context is "
+            f"{inputs.max_context}",
+            field="prompt_tokens",
+        )
+    if inputs.forced_k is not None and not 0 <= inputs.forced_k <= inputs.memory.units:
+        raise InputError(f"k must be between 0 and {inputs.memory.units}", field="interval")

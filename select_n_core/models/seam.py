@@ -1,0 +1,163 @@
+"""The two public seams into unmodified Hugging Face models.
+
+*Attention*: one function registered with transformers' `AttentionInterface`. It finds the step's
+context in a keyword that every supported model passes through, and hands it the new keys,
+values and queries. *Weights*: the decoder layers as hookable modules, in traced call order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from select_n_core.errors import StreamingError, UnsupportedModelError
+
+ATTENTION = "select_n"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTraits:
+    """What one layer's attention asks for beyond softmax(q k^T * scaling) v.
+
+    Attributes:
+        scaling: of the scores.
+        window: a query sees the last `window` positions, itself among them; None is all.
+        chunk: a query sees its own chunk of this many positions only (Llama 4); None is all.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sinks: one extra logit per head [heads], in the softmax and without a value.
+    """
+
+    scaling: float
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class StepAttention(Protocol):
+    """One step's attention: where new keys and values go and what each query sees."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, traits: AttentionTraits
+    ) -> Tensor:
+        """Store k, v and attend.
+
+        Args:
+            layer: index of the decoder layer.
+            q: [heads, tokens, k_dim]. k: [kv_heads, tokens, k_dim]. v: [kv_heads, tokens, v_dim].
+
+        Returns:
+            [tokens, heads, v_dim].
+        """
+        ...
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    select_n: StepAttention | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if select_n is None:
+        raise StreamingError("a model prepared for select-n was called without a step context")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    traits = AttentionTraits(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=sliding_window,
+        chunk=_chunk_of(module, layer),
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return select_n.attend(layer, query[0], key[0], value[0], traits)[None], None
+
+
+def _chunk_of(module: nn.Module, layer: int) -> int | None:
+    config = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if types is None or types[layer] != "chunked_attention":
+        return None
+    return int(config.attention_chunk_size)
+
+
+# Deliberately absent from AttentionMaskInterface: no mask is built, the context knows.
+AttentionInterface.register(ATTENTION, _attention)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """Shape of one layer's keys and values per token."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one forward showed.
+
+    Attributes:
+        order: indices into the layer list in call order.
+        kv: per attention layer index.
+    """
+
+    order: tuple[int, ...]
+    kv: tuple[LayerKV, ...]
+
+
+class _Recorder:
+    """A step context that records shapes and attends causally without any cache."""
+
+    def __init__(self) -> None:
+        self.kv: dict[int, LayerKV] = {}
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, traits: AttentionTraits
+    ) -> Tensor:
+        self.kv[layer] = LayerKV(k.shape[0], k.shape[2], v.shape[2])
+        group = q.shape[0] // k.shape[0]
+        # One token sees only itself: its attention is its value.
+        return v.repeat_interleave(group, dim=0).transpose(0, 1)
+
+
+def trace(model: nn.Module, layers: nn.ModuleList) -> Trace:
+    """Run one token through `model` and record the layers' call order and KV shapes.
+
+    Raises:
+        UnsupportedModelError: a layer is not called exactly once, or bypasses the attention seam.
+    """
+    calls: list[int] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _m, _a, index=index: calls.append(index))
+        for index, layer in enumerate(layers)
+    ]
+    recorder = _Recorder()
+    try:
+        with torch.inference_mode():
+            model(
+                input_ids=torch.zeros(1, 1, dtype=torch.long),
+                position_ids=torch.zeros(1, 1, dtype=torch.long),
+                use_cache=False,
+                select_n=recorder,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    if sorted(calls) != list(range(len(layers))):
+        raise UnsupportedModelError(
+            "its decoder layers are not each called exactly once in a forward"
+        )
+    if sorted(recorder.kv) != list(range(len(layers))):
+        raise UnsupportedModelError("some of its layers do not attend through the attention seam")
+    return Trace(tuple(calls), tuple(recorder.kv[index] for index in range(len(layers))))
