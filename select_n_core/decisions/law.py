@@ -16,8 +16,8 @@ from functools import lru_cache
 
 from select_n_core.decisions.order import streamed_units
 
-_WARM_UP = 8
-_MEASURED = 12  # a multiple of 1, 2, 3 and 4: the recurrence's period divides d
+_PERIOD = 2  # iterations averaged: the recurrence's own period is one or two
+_MOST_ITERATIONS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,9 @@ def _steady_state(
     ]
     tail_s = (units - 1 - streamed[-1]) * cost.home_s + outside_s
     done_s: deque[float] = deque([0.0] * slots, maxlen=slots)  # of the last d tickets
-    clock_s = copy_end_s = started_s = 0.0
-    for iteration in range(_WARM_UP + _MEASURED):
-        if iteration == _WARM_UP:
-            started_s = clock_s
+    clock_s = copy_end_s = 0.0
+    ends_s = [0.0]
+    for _ in range(_MOST_ITERATIONS):
         for gap_s in gaps_s:
             copy_end_s = max(copy_end_s, done_s[0]) + transfer_s
             clock_s += gap_s
@@ -94,7 +93,13 @@ def _steady_state(
             clock_s += wait_s + cost.after_wait(wait_s)
             done_s.append(clock_s)
         clock_s += tail_s
-    return (clock_s - started_s) / _MEASURED
+        ends_s.append(clock_s)
+        if len(ends_s) > 2 * _PERIOD:
+            now_s = ends_s[-1] - ends_s[-1 - _PERIOD]
+            before_s = ends_s[-1 - _PERIOD] - ends_s[-1 - 2 * _PERIOD]
+            if abs(now_s - before_s) <= 1e-9 * now_s:
+                break
+    return (ends_s[-1] - ends_s[-1 - _PERIOD]) / _PERIOD
 
 
 def law_s(

@@ -169,7 +169,7 @@ def _candidate(inputs: PlanInputs, k: int) -> Candidate:
     host_bytes = memory.mirrored_bytes(k)
     most = min(inputs.max_batch, blocks // request_blocks)
     # With too little memory for one request, the times are still worth showing.
-    choices = [_serving(inputs, k, batch) for batch in range(1, max(1, most) + 1)]
+    choices = [_serving(inputs, k, batch) for batch in _batches(max(1, most))]
     in_time = [c for c in choices if _meets_tpot(inputs, c) and _meets_ttft(inputs, c)]
     batch, iteration_s, tpot_s, ttft_s, rate = max(
         in_time or choices[:1], key=lambda choice: choice[4]
@@ -190,6 +190,12 @@ def _candidate(inputs: PlanInputs, k: int) -> Candidate:
         meets_tpot=any(_meets_tpot(inputs, choice) for choice in choices),
         meets_ttft=any(_meets_ttft(inputs, choice) for choice in choices),
     )
+
+
+def _batches(most: int) -> list[int]:
+    """Batch sizes to look at: every power of two, one between each two, and the most."""
+    steps = {size for power in range(most.bit_length()) for size in (1 << power, 3 << power >> 1)}
+    return sorted({size for size in steps if size <= most} | {most})
 
 
 _Serving = tuple[int, float, float, float, float]  # batch, iteration, tpot, ttft, requests/s

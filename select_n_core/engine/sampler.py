@@ -165,7 +165,10 @@ class _State:
     def _race(self, scores: Tensor) -> int:
         """Argmax of p/Exp(1): the first arrival of independent Poisson processes of rates p."""
         tokens, weights = _candidates(scores, self.sampling)
-        arrivals = torch.empty(weights.shape[0]).exponential_(generator=self.generator)
+        # -log(1 - u) is several times faster than exponential_; float32 has too few values of u
+        # for rare tokens.
+        uniform = torch.rand(weights.shape, generator=self.generator, dtype=torch.float64)
+        arrivals = uniform.neg_().log1p_().neg_()
         # An arrival of exactly 0 would let a token of probability 0 win, as 0/0.
         arrivals.clamp_min_(torch.finfo(arrivals.dtype).tiny)
         winner = int((weights / arrivals).argmax())

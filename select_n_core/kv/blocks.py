@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from select_n_core.errors import DeviceMemoryError
 
 
@@ -58,16 +55,3 @@ class BlockTable:
     def release(self, request_id: str) -> None:
         """Take a request's blocks back."""
         self._free += reversed(self._owned.pop(request_id))
-
-    @contextmanager
-    def scratch(self, tokens: int, requests: int) -> Iterator[list[str]]:
-        """`requests` throw-away requests of `tokens` tokens each, for measuring."""
-        names = [f"scratch-{index}" for index in range(requests)]
-        try:
-            for name in names:
-                self.reserve(name, tokens)
-            yield names
-        finally:
-            for name in names:
-                if name in self._owned:
-                    self.release(name)

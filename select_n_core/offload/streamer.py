@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,16 +26,24 @@ _POISON = 0xFF  # NaN in every floating type
 
 @dataclass(slots=True)
 class Span:
-    """Host times around one iteration's units, on the perf_counter clock (CPU compute only)."""
+    """Host times of one iteration's units, on the perf_counter clock (CPU compute only).
 
-    first_unit_s: float = 0.0
-    last_unit_s: float = 0.0
-    stall_s: float = 0.0
+    Attributes:
+        stamps: per unit in call order, (before its acquire, after it).
+        end_s: after the last unit's release.
+    """
 
-    @property
-    def compute_s(self) -> float:
-        """From the first unit's start to the last one's end, without stalls."""
-        return self.last_unit_s - self.first_unit_s - self.stall_s
+    stamps: list[tuple[float, float]] = field(default_factory=list)
+    end_s: float = 0.0
+
+    def waits_s(self) -> list[float]:
+        """Seconds each unit's acquire took."""
+        return [after - before for before, after in self.stamps]
+
+    def computes_s(self) -> list[float]:
+        """Seconds from each unit's acquire to the next unit, without waits."""
+        nexts = [before for before, _ in self.stamps[1:]] + [self.end_s]
+        return [end - after for (_, after), end in zip(self.stamps, nexts, strict=True)]
 
 
 class WeightStreamer:
@@ -98,7 +106,6 @@ class WeightStreamer:
         if streamed != self._streamed:
             self._restart(streamed)
         self.span = Span()
-        stalled_s = self._link.counters.stall_s
         self._active = True
         try:
             if streamed and self._ring is not None and self._ring.in_flight == 0:
@@ -110,7 +117,6 @@ class WeightStreamer:
             raise
         finally:
             self._active = False
-            self.span.stall_s = self._link.counters.stall_s - stalled_s
 
     def acquire(self, unit: int) -> None:
         """Make `unit`'s bytes present: compute waits for its copy, the host does not."""
@@ -186,23 +192,18 @@ class WeightStreamer:
             raise StreamingError(f"units {homeless} have no home and must be streamed")
 
     def _before(self, index: int) -> Any:
-        first = index == 0
-
         def hook(_module: nn.Module, _args: Any) -> None:
             if self._active:
-                if first:
-                    self.span.first_unit_s = time.perf_counter()
+                before_s = time.perf_counter()
                 self.acquire(index)
+                self.span.stamps.append((before_s, time.perf_counter()))
 
         return hook
 
     def _after(self, index: int) -> Any:
-        last = index == len(self._units) - 1
-
         def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
             if self._active:
                 self.release(index)
-                if last:
-                    self.span.last_unit_s = time.perf_counter()
+                self.span.end_s = time.perf_counter()
 
         return hook

@@ -1,0 +1,52 @@
+"""What a replica kept of its promise lately: p95 of TTFT and TPOT against their targets."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from select_n_core.slo import SLO
+
+_WINDOW_S = 30.0
+_MOST = 256
+_PERCENTILE = 95.0
+
+
+class HeadroomWindow:
+    """Requests of the last 30 seconds.
+
+    Headroom is 1 - p95 / target: 1 is idle, 0 is just kept, negative is broken.
+    """
+
+    def __init__(self, slo: SLO) -> None:
+        self._slo = slo
+        self._ttft: deque[tuple[float, float]] = deque(maxlen=_MOST)
+        self._tpot: deque[tuple[float, float]] = deque(maxlen=_MOST)
+
+    def saw_first_token(self, now_s: float, ttft_s: float) -> None:
+        """A request got its first token after `ttft_s`."""
+        self._ttft.append((now_s, ttft_s))
+
+    def saw_finish(self, now_s: float, tpot_s: float) -> None:
+        """A request ended with a mean of `tpot_s` per token after the first."""
+        self._tpot.append((now_s, tpot_s))
+
+    def ttft(self, now_s: float) -> float | None:
+        """Headroom of TTFT; None when the window is empty."""
+        return self._headroom(self._ttft, now_s, self._slo.ttft_s)
+
+    def tpot(self, now_s: float) -> float | None:
+        """Headroom of TPOT; None when the window is empty."""
+        return self._headroom(self._tpot, now_s, self._slo.tpot_s)
+
+    @staticmethod
+    def _headroom(
+        seen: deque[tuple[float, float]], now_s: float, target_s: float
+    ) -> float | None:
+        while seen and seen[0][0] < now_s - _WINDOW_S:
+            seen.popleft()
+        if not seen:
+            return None
+        values = [value for _, value in seen]
+        return 1.0 - float(np.percentile(values, _PERCENTILE)) / target_s

@@ -1,0 +1,46 @@
+"""What a performance record is valid for: this machine, this software, this model."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+from select_n_core.config import DType, LinkConfig
+from select_n_core.models.source import model_config_hash
+from select_n_core.record import Fingerprint
+
+
+def device_name(link: LinkConfig) -> str:
+    """The GPU's name, or the CPU's where the link is emulated."""
+    if link.kind == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return _cpu_name()
+
+
+def fingerprint(source: str, directory: Path, dtype: DType, link: LinkConfig) -> Fingerprint:
+    """The fingerprint of `source` (found at `directory`) on this machine."""
+    return Fingerprint(
+        device=device_name(link),
+        threads=len(os.sched_getaffinity(0)),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        link_kind=link.kind,
+        link_bytes_per_s=link.bandwidth,
+        link_latency_s=link.latency,
+        model=source,
+        model_hash=model_config_hash(directory),
+        dtype=dtype,
+    )
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

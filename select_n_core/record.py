@@ -1,0 +1,208 @@
+"""The performance record: what the offline stage measured, one versioned JSON file.
+
+It holds the samples, the coefficients fitted to them and a fingerprint of hardware, software and
+model. A record is refused where its fingerprint does not match, with the differing field named.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from select_n_core.decisions.latency import ComputeModel, LatencyModel
+from select_n_core.decisions.layout import ModelMemory
+from select_n_core.errors import InputError, RecordMismatchError
+
+VERSION = 1
+_ALIGNMENT = 256  # of a KV block in the arena
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Fingerprint(_Frozen):
+    """What a record is valid for.
+
+    Attributes:
+        device: name of the GPU, or of the CPU where the link is emulated.
+        threads: CPU cores that compute may use.
+        model_hash: of the model's configuration.
+    """
+
+    device: str
+    threads: int
+    torch: str
+    transformers: str
+    link_kind: str
+    link_bytes_per_s: float | None
+    link_latency_s: float
+    model: str
+    model_hash: str
+    dtype: str
+
+
+class TransferSample(_Frozen):
+    """Times of one unit's copy, alone on the link.
+
+    Attributes:
+        seconds: every repeat.
+    """
+
+    direction: Literal["h2d", "d2h"]
+    nbytes: int
+    seconds: tuple[float, ...]
+
+
+class ComputeSample(_Frozen):
+    """One shape's times.
+
+    Attributes:
+        decode_rows, context_tokens, prefill_tokens, prefill_pairs: see `StepShape`.
+        rows: rows of logits.
+        unit_s: seconds per unit at home, median over repeats.
+        outside_s: g, median over repeats.
+        variation: coefficient of variation of the whole pass over the repeats.
+        repeats: passes measured.
+    """
+
+    decode_rows: int
+    context_tokens: int
+    prefill_tokens: int
+    prefill_pairs: int
+    rows: int
+    unit_s: float
+    outside_s: float
+    variation: float
+    repeats: int
+
+
+class ColdSample(_Frozen):
+    """How much slower a unit computes from a slot than at home.
+
+    Attributes:
+        streamed_extra_s: with its copy there in time.
+        stalled_extra_s: after waiting `stall_s` for it.
+    """
+
+    streamed_extra_s: float
+    stalled_extra_s: float
+    stall_s: float
+
+
+class ModeRecord(_Frozen):
+    """One thread mode: `streaming` beside a link worker, or `resident`.
+
+    Attributes:
+        fit_error: largest relative error of the fitted model on its own samples.
+    """
+
+    threads: int
+    samples: tuple[ComputeSample, ...]
+    cold: ColdSample | None
+    token_grid: tuple[tuple[int, float], ...]
+    per_context_token_s: float
+    per_pair_s: float
+    outside_s: float
+    outside_per_row_s: float
+    fit_error: float
+
+    def compute_model(self) -> ComputeModel:
+        """The coefficients as the plain fact that decisions take."""
+        cold = self.cold or ColdSample(streamed_extra_s=0, stalled_extra_s=0, stall_s=1)
+        return ComputeModel(
+            token_grid=self.token_grid,
+            per_context_token_s=self.per_context_token_s,
+            per_pair_s=self.per_pair_s,
+            outside_s=self.outside_s,
+            outside_per_row_s=self.outside_per_row_s,
+            streamed_extra_s=cold.streamed_extra_s,
+            stalled_extra_s=cold.stalled_extra_s,
+            stall_s=cold.stall_s,
+        )
+
+
+class PerformanceRecord(_Frozen):
+    """Everything the planner needs to know about a model on a machine.
+
+    Attributes:
+        static_bytes, unit_bytes: device and mirror sizes.
+        kv_bytes_per_token: all layers, K and V.
+        max_context: positions the model was made for.
+        transfer_s: t, median copy of the largest unit to the device.
+        seconds: what measuring took.
+    """
+
+    version: Literal[1] = VERSION
+    fingerprint: Fingerprint
+    static_bytes: int
+    unit_bytes: tuple[int, ...]
+    kv_bytes_per_token: int
+    max_context: int
+    transfers: tuple[TransferSample, ...]
+    transfer_s: float
+    streaming: ModeRecord
+    resident: ModeRecord | None
+    seconds: float
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """Measured host-to-device bandwidth for the largest unit."""
+        return max(self.unit_bytes) / self.transfer_s
+
+    def latency_model(self) -> LatencyModel:
+        """The latency model fitted to the samples."""
+        return LatencyModel(
+            units=len(self.unit_bytes),
+            transfer_s=self.transfer_s,
+            streaming=self.streaming.compute_model(),
+            resident=None if self.resident is None else self.resident.compute_model(),
+        )
+
+    def memory(self, block_tokens: int) -> ModelMemory:
+        """The sizes that layouts are made from."""
+        block = self.kv_bytes_per_token * block_tokens
+        return ModelMemory(
+            static_bytes=self.static_bytes,
+            unit_bytes=self.unit_bytes,
+            kv_block_bytes=-(-block // _ALIGNMENT) * _ALIGNMENT,
+            block_tokens=block_tokens,
+        )
+
+    def check(self, here: Fingerprint, *, where: str) -> None:
+        """Raise RecordMismatchError naming the first field in which `here` differs."""
+        for name in Fingerprint.model_fields:
+            recorded, actual = getattr(self.fingerprint, name), getattr(here, name)
+            if recorded != actual:
+                raise RecordMismatchError(
+                    f"{where}: recorded with {name} = {recorded!r}, here it is {actual!r}; "
+                    "run `select-n profile` again on this machine",
+                    field=name,
+                )
+
+    def save(self, path: Path) -> None:
+        """Write the record as JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(path.suffix + ".part")
+        part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def load_record(path: Path) -> PerformanceRecord:
+    """Read a record; raises InputError naming the field that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read the record {path}: {error.strerror}") from error
+    try:
+        return PerformanceRecord.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(step) for step in first["loc"]) or "record"
+        raise InputError(
+            f"{path} is not a performance record: {field}: {first['msg']}; "
+            "run `select-n profile` to make one",
+            field=field,
+        ) from error
