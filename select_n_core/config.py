@@ -167,7 +167,7 @@ class DeployConfig(BaseModel):
 
 
 def load_config(path: str | Path) -> DeployConfig:
-    """Read and validate a configuration file; raises `ConfigError` naming the field and the mend."""
+    """Read and validate a configuration file; raises `ConfigError` naming field and mend."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:

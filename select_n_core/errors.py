@@ -11,6 +11,18 @@ class SelectNError(Exception):
 
     code = "select_n_error"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross processes; Exception's own way calls the class with its message alone.
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(
+    kind: type[SelectNError], args: tuple[object, ...], state: dict[str, object]
+) -> SelectNError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
 
 class InputError(SelectNError, ValueError):
     """The caller asked for something malformed; `field` names the offending input, if one does."""

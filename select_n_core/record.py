@@ -15,7 +15,6 @@ from select_n_core.decisions.latency import ComputeModel, LatencyModel
 from select_n_core.decisions.layout import ModelMemory
 from select_n_core.errors import InputError, RecordMismatchError
 
-VERSION = 1
 _ALIGNMENT = 256  # of a KV block in the arena
 
 
@@ -135,7 +134,7 @@ class PerformanceRecord(_Frozen):
         seconds: what measuring took.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     fingerprint: Fingerprint
     static_bytes: int
     unit_bytes: tuple[int, ...]

@@ -22,4 +22,6 @@ class SLO:
     def __post_init__(self) -> None:
         for name in ("tpot_s", "ttft_s"):
             if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above zero, got {getattr(self, name)}", field=name)
+                raise InputError(
+                    f"{name} must be above zero, got {getattr(self, name)}", field=name
+                )

@@ -133,7 +133,7 @@ class FlatUnit:
 
 
 def named_tensors(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Every (owner, attribute, tensor) below `module`: parameters, then buffers, in module order."""
+    """Every (owner, attribute, tensor) below `module`, in module order, parameters first."""
     found: list[tuple[nn.Module, str, Tensor]] = []
     for owner in module.modules():
         found += [(owner, name, p) for name, p in owner._parameters.items() if p is not None]

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from select_n_core.decisions.law import UnitCost, iteration_s
 from select_n_core.errors import InputError
 
-_RESOLUTION_S = 1e-6  # inputs to the recurrence are rounded to it, so that equal steps share a result
+_RESOLUTION_S = (
+    1e-6  # inputs to the recurrence are rounded to it, so that equal steps share a result
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +126,14 @@ class LatencyModel:
         """The mode that runs at k."""
         return self.resident if k == 0 and self.resident is not None else self.streaming
 
-    def iteration_s(self, shape: StepShape, k: int, slots: int, *, rows: int | None = None) -> float:
-        """Seconds of one step; `rows` rows of logits (default: one per decoding row, at least 1)."""
+    def iteration_s(
+        self, shape: StepShape, k: int, slots: int, *, rows: int | None = None
+    ) -> float:
+        """Seconds of one step; `rows` of logits default to one per decoding row, at least 1."""
         compute = self.compute(k)
         count = max(1, shape.decode_rows) if rows is None else rows
         outside_s = round(compute.outside(count) / _RESOLUTION_S) * _RESOLUTION_S
-        return iteration_s(
-            self.units, k, slots, compute.cost(shape), outside_s, self.transfer_s
-        )
+        return iteration_s(self.units, k, slots, compute.cost(shape), outside_s, self.transfer_s)
 
     def free_tokens(self, shape: StepShape, k: int, slots: int, limit: int) -> int:
         """Prompt tokens that can join the step at no cost in time, up to `limit` (B*).

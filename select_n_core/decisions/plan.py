@@ -156,9 +156,7 @@ def capacity_tokens(plan: Plan, inputs: PlanInputs) -> int:
 
 def decode_shape(rows: int, prompt_tokens: int, output_tokens: int) -> StepShape:
     """A decode step of `rows` typical requests at mid-output."""
-    return StepShape(
-        decode_rows=rows, context_tokens=rows * (prompt_tokens + output_tokens // 2)
-    )
+    return StepShape(decode_rows=rows, context_tokens=rows * (prompt_tokens + output_tokens // 2))
 
 
 def _candidate(inputs: PlanInputs, k: int) -> Candidate:

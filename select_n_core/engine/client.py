@@ -1,11 +1,35 @@
-"""How a replica reaches its engine: one contract, two implementations (`process`, `inline`)."""
+"""How a replica reaches its engine: one contract, two homes for the engine (process, inline)."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import AsyncIterator
-from typing import Protocol
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
 
-from select_n_core.engine.messages import EngineInfo, EngineStats, Output, Request
+from select_n_core.config import ModelConfig
+from select_n_core.engine.messages import (
+    Commands,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Output,
+    Request,
+    StepReport,
+)
+from select_n_core.errors import EngineError, OverloadedError, RequestError
+
+_log = logging.getLogger(__name__)
+_SILENCE_S = 60.0  # an engine that reports nothing for this long is stuck; idle ones report often
+_LEAVE_S = 5.0
 
 
 class EngineClient(Protocol):
@@ -20,7 +44,7 @@ class EngineClient(Protocol):
         ...
 
     def generate(self, request: Request) -> AsyncIterator[Output]:
-        """Submit `request` and stream its outputs.
+        """Submit `request` and stream its outputs; the first one, empty, says it was accepted.
 
         Raises:
             RequestError: it can never fit, or is malformed; nothing was queued.
@@ -40,3 +64,207 @@ class EngineClient(Protocol):
     async def close(self, *, grace_s: float = 0.0) -> None:
         """Stop: running requests get `grace_s` to finish, then end in an error."""
         ...
+
+
+class _ConnectedClient:
+    """Both clients: a connection, a thread that reads it, and a queue per live request."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._connection: Connection | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started: asyncio.Future[EngineInfo] | None = None
+        self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._quiet = asyncio.Event()  # set when the last live request ends
+        self._stats = EngineStats()
+        self._heard_s = 0.0
+        self._dead: EngineError | None = EngineError("the engine was not started")
+        self._closing = False
+        self._reader: threading.Thread | None = None
+
+    def _open(self) -> Connection:
+        raise NotImplementedError
+
+    def _ended(self) -> str:
+        """Wait briefly for the engine to be gone and say how it went."""
+        raise NotImplementedError
+
+    async def start(self) -> EngineInfo:
+        """See `EngineClient.start`."""
+        self._loop = asyncio.get_running_loop()
+        self._started = self._loop.create_future()
+        self._dead, self._heard_s = None, time.monotonic()
+        self._connection = self._open()
+        self._reader = threading.Thread(
+            target=self._read, args=(self._connection,), name="select-n-reports", daemon=True
+        )
+        self._reader.start()
+        return await self._started
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        """See `EngineClient.generate`."""
+        if request.id in self._queues:
+            raise RequestError(f"request id {request.id!r} is in use", field="id")
+        queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._queues[request.id] = queue
+        finished = False
+        try:
+            self._send(Commands(submit=(request,)))
+            while not finished:
+                output = await queue.get()
+                finished = output.finish is not None
+                if isinstance(output.error, (RequestError, OverloadedError)):
+                    raise output.error
+                yield output
+        finally:
+            del self._queues[request.id]
+            if not self._queues:
+                self._quiet.set()
+            if not finished and self._dead is None:
+                self._send(Commands(cancel=(request.id,)))
+
+    def stats(self) -> EngineStats:
+        """See `EngineClient.stats`."""
+        return self._stats
+
+    def check_health(self) -> None:
+        """See `EngineClient.check_health`."""
+        if self._dead is not None:
+            raise self._dead
+        silent_s = time.monotonic() - self._heard_s
+        started = self._started is not None and self._started.done()
+        if started and silent_s > _SILENCE_S:
+            raise EngineError(f"the engine has not reported for {silent_s:.0f} s")
+
+    async def close(self, *, grace_s: float = 0.0) -> None:
+        """See `EngineClient.close`."""
+        if self._queues and self._dead is None:
+            self._quiet.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._quiet.wait(), grace_s)
+        self._closing = True
+        if self._connection is None:
+            return
+        with contextlib.suppress(EngineError):  # gone already is what was asked for
+            self._send(Commands(stop=True))
+        await asyncio.to_thread(self._ended)
+        if self._reader is not None:
+            await asyncio.to_thread(self._reader.join, _LEAVE_S)
+        self._connection.close()
+        self._connection = None
+
+    def _send(self, commands: Commands) -> None:
+        if self._dead is not None:
+            raise self._dead
+        assert self._connection is not None
+        try:
+            self._connection.send(commands)
+        except OSError as error:
+            raise EngineError("the engine is gone") from error
+
+    def _read(self, connection: Connection) -> None:
+        assert self._loop is not None
+        try:
+            while True:
+                message = connection.recv()
+                self._loop.call_soon_threadsafe(self._hear, message)
+        except (EOFError, OSError):
+            pass
+        try:
+            self._loop.call_soon_threadsafe(self._lose)
+        except RuntimeError:
+            _log.debug("the event loop closed before the engine did")
+
+    def _hear(self, message: Any) -> None:
+        from select_n_core.engine.loop import Failed, Progressed, Started
+
+        self._heard_s = time.monotonic()
+        assert self._started is not None
+        match message:
+            case StepReport():
+                self._stats = message.stats
+                for output in message.outputs:
+                    if (queue := self._queues.get(output.request_id)) is not None:
+                        queue.put_nowait(output)
+            case Started():
+                self._started.set_result(message.info)
+            case Failed():
+                self._dead = EngineError(f"the engine did not start: {message.error}")
+                self._started.set_exception(message.error)
+            case Progressed():
+                _log.info(
+                    "profiling %s: %s (%.0f%%)",
+                    self._config.name,
+                    message.what,
+                    100 * message.share,
+                )
+
+    def _lose(self) -> None:
+        if self._dead is None:
+            how = "was stopped" if self._closing else f"died: {self._ended()}"
+            self._dead = EngineError(f"the engine of model {self._config.name} {how}")
+        assert self._started is not None
+        if not self._started.done():
+            self._started.set_exception(self._dead)
+        for request_id, queue in self._queues.items():
+            queue.put_nowait(Output(request_id, finish=FinishReason.ERROR, error=self._dead))
+
+
+class ProcessClient(_ConnectedClient):
+    """The engine in a child process: it owns torch, the device and the link."""
+
+    _process: subprocess.Popen[bytes] | None = None
+
+    def _open(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "select_n_core.engine.child", str(theirs.fileno())],
+                stdin=subprocess.PIPE,  # its lifeline
+                pass_fds=(theirs.fileno(),),
+            )
+        connection = Connection(ours.detach())
+        connection.send(self._config)
+        return connection
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id."""
+        return None if self._process is None else self._process.pid
+
+    def _ended(self) -> str:
+        assert self._process is not None
+        try:
+            code = self._process.wait(_LEAVE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        return f"its process ended with {code}"
+
+
+class InlineClient(_ConnectedClient):
+    """The engine in a thread of this process: tests and `generate`."""
+
+    _thread: threading.Thread | None = None
+
+    def _open(self) -> Connection:
+        from select_n_core.engine.loop import run_engine
+
+        ours, theirs = Pipe()
+
+        def run() -> None:
+            try:
+                run_engine(self._config, theirs)
+            finally:
+                theirs.close()
+
+        self._thread = threading.Thread(target=run, name="select-n-engine", daemon=True)
+        self._thread.start()
+        return ours
+
+    def _ended(self) -> str:
+        assert self._thread is not None
+        self._thread.join(_LEAVE_S)
+        return "its thread ended"

@@ -41,9 +41,7 @@ class HeadroomWindow:
         return self._headroom(self._tpot, now_s, self._slo.tpot_s)
 
     @staticmethod
-    def _headroom(
-        seen: deque[tuple[float, float]], now_s: float, target_s: float
-    ) -> float | None:
+    def _headroom(seen: deque[tuple[float, float]], now_s: float, target_s: float) -> float | None:
         while seen and seen[0][0] < now_s - _WINDOW_S:
             seen.popleft()
         if not seen:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from select_n_core.kv.cache import KVCache
 from select_n_core.models.seam import AttentionTraits
@@ -64,7 +64,9 @@ class PagedAttention:
         self._offsets = self.positions % size
         self._decode = _Decode(decoding, size, device) if decoding else None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, traits: AttentionTraits) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, traits: AttentionTraits
+    ) -> Tensor:
         """See `StepAttention.attend`."""
         keys, values = self._cache.keys(layer), self._cache.values(layer)
         keys[self._blocks, :, self._offsets] = k.transpose(0, 1)
@@ -179,7 +181,7 @@ class _Chunk:
             return self._explicit(q, k, v, traits)
         whole = traits.chunk is None and (traits.window is None or traits.window >= end)
         causal = whole and self._context == 0
-        out = F.scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             q[None],
             k[None],
             v[None],

@@ -125,9 +125,7 @@ class Registry:
     def check(self, host: Tensor) -> None:
         """Raise unless `host` lies in one registered range."""
         start, end = host.data_ptr(), host.data_ptr() + host.numel() * host.element_size()
-        if not any(
-            base <= start and end <= base + nbytes for base, nbytes in self._ranges.items()
-        ):
+        if not any(base <= start and end <= base + nbytes for base, nbytes in self._ranges.items()):
             raise LinkError(
                 f"host memory at {start:#x} is not registered with this link; register it first"
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from select_n_core.errors import LinkError
 from select_n_core.links.base import (
+    Copy,
     Direction,
     Event,
     LinkCounters,
@@ -218,8 +219,10 @@ class CudaLink:
         """See `Link.compute_event`."""
         return CudaEvent(self._runtime, self._runtime.record(self._runtime.compute_stream()))
 
-    def wait(self, copy: CudaCopy) -> None:
+    def wait(self, copy: Copy) -> None:
         """See `Link.wait`: the compute stream waits, the host goes on."""
+        if not isinstance(copy, CudaCopy):
+            raise LinkError("this copy was issued by another link")
         self._runtime.stream_wait(self._runtime.compute_stream(), copy.end)
 
     def drain(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from select_n_core.errors import LinkError
 from select_n_core.links.base import (
+    Copy,
     Direction,
     Event,
     LinkCounters,
@@ -131,8 +132,10 @@ class EmulatedLink:
         event.set(time.perf_counter())
         return event
 
-    def wait(self, copy: EmulatedCopy) -> None:
+    def wait(self, copy: Copy) -> None:
         """See `Link.wait`: the host is the compute stream, so it blocks; the time is a stall."""
+        if not isinstance(copy, EmulatedCopy):
+            raise LinkError("this copy was issued by another link")
         if not copy.done():
             before_s = time.perf_counter()
             copy.ended.wait()

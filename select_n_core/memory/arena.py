@@ -40,7 +40,7 @@ class Arena:
         """The flat uint8 view [offset, offset + nbytes); offsets are aligned."""
         if offset % ALIGNMENT or offset < 0 or offset + nbytes > self.nbytes:
             raise DeviceMemoryError(
-                f"region [{offset}, {offset + nbytes}) is not an aligned part of {self.nbytes} bytes"
+                f"region [{offset}, {offset + nbytes}) is no aligned part of {self.nbytes} bytes"
             )
         return self.bytes[offset : offset + nbytes]
 
@@ -62,4 +62,4 @@ def _span_bytes(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+    return int((last + 1) * tensor.element_size())

@@ -80,7 +80,7 @@ class LoadedModel:
 
 
 def check_architecture(config: PretrainedConfig) -> None:
-    """Raise UnsupportedModelError, with the name and the reason, unless the model fits the seams."""
+    """Raise UnsupportedModelError, naming model and reason, unless it fits the seams."""
     name = config.model_type
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
@@ -171,7 +171,8 @@ def _layer_list(module: nn.Module, config: PretrainedConfig) -> nn.ModuleList:
         if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
             return child
     raise UnsupportedModelError(
-        f"model type '{config.model_type}' has no list of {config.num_hidden_layers} decoder layers",
+        f"model type '{config.model_type}' has no list of its "
+        f"{config.num_hidden_layers} decoder layers",
         field="source",
     )
 

@@ -71,7 +71,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if select_n is None:
         raise StreamingError("a model prepared for select-n was called without a step context")
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer = int(module.layer_idx)
     traits = AttentionTraits(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=sliding_window,
@@ -83,7 +83,7 @@ def _attention(
 
 
 def _chunk_of(module: nn.Module, layer: int) -> int | None:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
     if types is None or types[layer] != "chunked_attention":
         return None

@@ -60,11 +60,16 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """One request's part of a step: its KV blocks, what is cached, and the new tokens."""
+    """One request's part of a step: its KV blocks, what is cached, and the new tokens.
+
+    Attributes:
+        logits: whether the logits after its last new token are wanted.
+    """
 
     blocks: Sequence[int]
     context: int
     tokens: Sequence[int]
+    logits: bool = True
 
 
 class Executor:
@@ -99,10 +104,7 @@ class Executor:
             list(zip(model.units, model.layers, strict=True)),
             self._fill_homes(),
             {unit: host.bytes for unit, host in self._mirrors.items()},
-            [
-                self.arena.region(offset, self.memory.slot_bytes)
-                for offset in self.layout.slots
-            ],
+            [self.arena.region(offset, self.memory.slot_bytes) for offset in self.layout.slots],
             link,
             poison=placement.poison,
         )
@@ -135,7 +137,7 @@ class Executor:
         """One forward over the rows' new tokens, packed.
 
         Returns:
-            [rows, vocab]: the logits after each row's last new token.
+            [rows that want logits, vocab]: after each one's last new token, in order.
         """
         attention = PagedAttention(
             self.cache,
@@ -146,20 +148,21 @@ class Executor:
         last, ends = -1, []
         for row in rows:
             last += len(row.tokens)
-            ends.append(last)
+            if row.logits:
+                ends.append(last)
         self._set_threads()
         with torch.inference_mode(), self._streamer.iteration(self.streamed):
             logits: Tensor = self.model.module(
                 input_ids=torch.tensor(tokens, device=self.device)[None],
                 position_ids=attention.positions[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(ends, device=self.device),
+                logits_to_keep=torch.tensor(ends, dtype=torch.long, device=self.device),
                 select_n=attention,
             ).logits[0]
         return logits
 
     def close(self) -> None:
-        """Give arena and mirrors back; the model is bound to its source again if it still has it."""
+        """Give arena and mirrors back; the model is left without tensors."""
         self._streamer.close()
         self.link.drain()
         for host in self._mirrors.values():
@@ -201,5 +204,3 @@ class Executor:
         threads = self.placement.threads or compute_threads(self.k)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-
-

@@ -61,7 +61,7 @@ class Ring:
         return self._acquired
 
     def release(self, unit: int) -> Ticket:
-        """Give the acquired ticket back; its slot may be refilled after the compute that read it."""
+        """Give the ticket back; its slot may be refilled after the compute that read it."""
         ticket = self._acquired
         if ticket is None or ticket.unit != unit:
             raise StreamingError(f"unit {unit} released without a ticket of its own")

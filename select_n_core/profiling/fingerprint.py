@@ -17,7 +17,7 @@ from select_n_core.record import Fingerprint
 def device_name(link: LinkConfig) -> str:
     """The GPU's name, or the CPU's where the link is emulated."""
     if link.kind == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
+        return str(torch.cuda.get_device_name(0))
     return _cpu_name()
 
 

@@ -13,9 +13,7 @@ from select_n_core.errors import InputError
 from select_n_core.record import ColdSample, ComputeSample, ModeRecord
 
 
-def fit_mode(
-    samples: Sequence[ComputeSample], cold: ColdSample | None, threads: int
-) -> ModeRecord:
+def fit_mode(samples: Sequence[ComputeSample], cold: ColdSample | None, threads: int) -> ModeRecord:
     """Fit one thread mode.
 
     Attention terms are slopes between shapes of equal tokens; what remains is a function of the
@@ -98,6 +96,4 @@ def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def _error(model: ComputeModel, samples: Sequence[ComputeSample]) -> float:
-    return max(
-        abs(model.unit_s(shape_of(sample)) / sample.unit_s - 1) for sample in samples
-    )
+    return max(abs(model.unit_s(shape_of(sample)) / sample.unit_s - 1) for sample in samples)

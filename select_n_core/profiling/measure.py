@@ -188,7 +188,7 @@ def _fits(model: LoadedModel, device: torch.device, shapes: Sequence[_Shape]) ->
     need = arena_bytes_for(
         model_memory(model, _BLOCK_TOKENS), 0, _SLOTS, max(shape.blocks() for shape in shapes)
     )
-    return need < 0.8 * torch.cuda.mem_get_info(device)[0]
+    return bool(need < 0.8 * torch.cuda.mem_get_info(device)[0])
 
 
 def _mode(

@@ -1,0 +1,113 @@
+"""From a model's configuration to a running engine: prepare, wait for memory, place, assemble."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from select_n_core.config import ModelConfig
+from select_n_core.decisions.plan import capacity_tokens, decode_shape
+from select_n_core.engine.engine import Engine
+from select_n_core.engine.messages import EngineInfo
+from select_n_core.engine.planning import Prepared, prepare
+from select_n_core.engine.scheduler import Limits, Scheduler
+from select_n_core.links.open import open_link
+from select_n_core.memory.available import (
+    available_device_bytes,
+    available_host_bytes,
+    wait_for_bytes,
+)
+from select_n_core.models.load import load_model
+from select_n_core.offload.executor import Executor, Placement
+from select_n_core.profiling.measure import Progress
+
+_MEMORY_DEADLINE_S = 30.0
+
+
+def build_engine(
+    config: ModelConfig,
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[Engine, EngineInfo]:
+    """Build the engine of one replica; see `prepare` for what it raises."""
+    link, device = open_link(config.link)
+    try:
+        prepared = prepare(config, progress)
+        plan = prepared.plan
+        wait_for_bytes(
+            f"device_memory of model {config.name}",
+            config.device_memory,
+            lambda: available_device_bytes(device),
+            deadline_s=_MEMORY_DEADLINE_S,
+        )
+        if plan.host_bytes:
+            wait_for_bytes(
+                f"host memory of model {config.name}",
+                plan.host_bytes,
+                available_host_bytes,
+                deadline_s=_MEMORY_DEADLINE_S,
+            )
+        model = prepared.loaded or load_model(prepared.directory, config.dtype)
+        placement = Placement(
+            arena_bytes=config.device_memory,
+            k=plan.k,
+            slots=plan.slots,
+            block_tokens=config.block_tokens,
+        )
+        executor = Executor(model, placement, link, device)
+        model.release_source()
+    except BaseException:
+        link.close()
+        raise
+    scheduler = Scheduler(
+        limits=Limits(
+            max_batch=config.max_batch,
+            max_step_tokens=config.max_step_tokens,
+            max_queue=config.max_queue,
+            max_tokens=capacity_tokens(plan, prepared.inputs),
+            vocab_size=model.vocab_size,
+        ),
+        slo=config.slo.targets(),
+        latency=prepared.inputs.latency,
+        blocks=executor.blocks,
+        k=plan.k,
+        slots=plan.slots,
+        clock=clock,
+    )
+    eos = eos_token_ids(prepared.directory)
+    return Engine(executor, scheduler, eos, clock), _info(prepared, executor, eos)
+
+
+def eos_token_ids(directory: Path) -> tuple[int, ...]:
+    """Tokens that end a text, from generation_config.json, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if not path.exists():
+            continue
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        if eos is not None:
+            return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    return ()
+
+
+def _info(prepared: Prepared, executor: Executor, eos: tuple[int, ...]) -> EngineInfo:
+    plan, inputs = prepared.plan, prepared.inputs
+    one = decode_shape(1, inputs.prompt_tokens, inputs.output_tokens)
+    return EngineInfo(
+        plan_line=prepared.line(),
+        units=executor.memory.units,
+        k=plan.k,
+        interval=plan.interval,
+        max_batch=prepared.config.max_batch,
+        max_tokens=capacity_tokens(plan, inputs),
+        device_bytes=executor.arena.nbytes,
+        host_bytes=executor.host_bytes,
+        kv_tokens=plan.kv_tokens,
+        predicted_tpot_s=plan.predicted_tpot_s,
+        predicted_iteration_s=inputs.latency.iteration_s(one, plan.k, plan.slots),
+        link_kind=executor.link.kind,
+        link_bytes_per_s=prepared.record.link_bytes_per_s,
+        eos_token_ids=eos,
+    )

@@ -1,0 +1,198 @@
+"""The engine: turns the scheduler's steps into tokens. Synchronous; one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from select_n_core.decisions.order import interval_of_k
+from select_n_core.engine.headroom import HeadroomWindow
+from select_n_core.engine.messages import (
+    EngineStats,
+    FinishReason,
+    Output,
+    Request,
+    StepReport,
+)
+from select_n_core.engine.sampler import Drawn, Sampler
+from select_n_core.engine.scheduler import Clock, Scheduler, Sequence, Turn
+from select_n_core.errors import EngineError, SelectNError
+from select_n_core.links.base import Direction
+from select_n_core.offload.executor import Executor, StepRow
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What one turn of a step led to."""
+
+    turn: Turn
+    drawn: Drawn | EngineError | None = None
+
+
+class Engine:
+    """Requests in, one `StepReport` per step out.
+
+    Args:
+        eos_token_ids: tokens that end a request unless it ignores them.
+        clock: seconds; the scheduler's own.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        eos_token_ids: tuple[int, ...],
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.executor = executor
+        self.scheduler = scheduler
+        self._sampler = Sampler(executor.model.vocab_size)
+        self._eos = frozenset(eos_token_ids)
+        self._clock = clock
+        self._headroom = HeadroomWindow(scheduler.slo)
+        self._outputs: list[Output] = []
+        self._iterations = 0
+        self._iteration_s = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would do nothing."""
+        return self.scheduler.idle and not self._outputs
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its first output is the verdict: accepted, or its error."""
+        try:
+            self.scheduler.add(request)
+            self._sampler.add(request)
+        except SelectNError as error:
+            self._outputs.append(Output(request.id, finish=FinishReason.ERROR, error=error))
+        else:
+            self._outputs.append(Output(request.id))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request now; one that is no longer live is left alone."""
+        if self._forget(request_id) is not None:
+            self._outputs.append(Output(request_id, finish=FinishReason.CANCELLED))
+
+    def abort(self, error: Exception) -> None:
+        """End every live request with `error`."""
+        for sequence in [*self.scheduler.running.values(), *self.scheduler.waiting]:
+            self._fail(sequence.request.id, error)
+
+    def step(self) -> StepReport:
+        """Run one step and report everything that happened since the last report."""
+        if turns := self.scheduler.next_step():
+            begun_s = time.perf_counter()
+            for outcome in self._run(turns):
+                self._settle(outcome)
+            self._iteration_s = time.perf_counter() - begun_s
+            self._iterations += 1
+        outputs, self._outputs = tuple(self._outputs), []
+        return StepReport(outputs, self.stats())
+
+    def stats(self) -> EngineStats:
+        """The engine as it stands."""
+        executor, scheduler, now_s = self.executor, self.scheduler, self._clock()
+        counters = executor.link.counters
+        return EngineStats(
+            k=executor.k,
+            interval=interval_of_k(executor.k, executor.memory.units),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_free_tokens=executor.blocks.free_tokens,
+            kv_tokens=executor.blocks.blocks * executor.blocks.block_tokens,
+            iterations=self._iterations,
+            link_bytes=sum(
+                nbytes
+                for (direction, _), nbytes in counters.bytes.items()
+                if direction is Direction.TO_DEVICE
+            ),
+            streamed_units=executor.streamer.streamed_units,
+            stall_s=counters.stall_s,
+            iteration_s=self._iteration_s,
+            ttft_headroom=self._headroom.ttft(now_s),
+            tpot_headroom=self._headroom.tpot(now_s),
+        )
+
+    def _run(self, turns: list[Turn]) -> list[_Outcome]:
+        """One forward for all; if it raises, each alone, so that only the culprit ends."""
+        try:
+            return self._forward(turns)
+        except Exception as error:
+            if len(turns) == 1:
+                cause = EngineError(f"the forward failed: {error}")
+                cause.__cause__ = error
+                return [_Outcome(turns[0], cause)]
+        return [outcome for turn in turns for outcome in self._run([turn])]
+
+    def _forward(self, turns: list[Turn]) -> list[_Outcome]:
+        logits = self.executor.step(
+            [
+                StepRow(
+                    blocks=self.executor.blocks.table(turn.sequence.request.id),
+                    context=turn.sequence.computed,
+                    tokens=turn.new_tokens,
+                    logits=turn.samples,
+                )
+                for turn in turns
+            ]
+        )
+        return self._draw(turns, logits)
+
+    def _draw(self, turns: Rows[Turn], logits: Tensor) -> list[_Outcome]:
+        sampling = [turn for turn in turns if turn.samples]
+        with torch.inference_mode():
+            drawn = self._sampler.sample(logits, [turn.sequence.request.id for turn in sampling])
+        found = {id(turn): token for turn, token in zip(sampling, drawn, strict=True)}
+        return [_Outcome(turn, found.get(id(turn))) for turn in turns]
+
+    def _settle(self, outcome: _Outcome) -> None:
+        sequence, drawn = outcome.turn.sequence, outcome.drawn
+        request = sequence.request
+        if isinstance(drawn, EngineError):
+            self._fail(request.id, drawn)
+            return
+        sequence.computed += outcome.turn.count
+        if drawn is None:
+            return
+        sequence.tokens.append(drawn.token)
+        self._note_time(sequence)
+        ended = not request.sampling.ignore_eos and drawn.token in self._eos
+        if ended or drawn.token in request.sampling.stop_token_ids:
+            self._finish(sequence, Output(request.id, finish=FinishReason.STOP))
+            return
+        logprobs = () if drawn.logprob is None else (drawn.logprob,)
+        if sequence.output_tokens >= request.sampling.max_tokens:
+            self._finish(
+                sequence, Output(request.id, (drawn.token,), logprobs, FinishReason.LENGTH)
+            )
+            return
+        self._outputs.append(Output(request.id, (drawn.token,), logprobs))
+
+    def _note_time(self, sequence: Sequence) -> None:
+        now_s = self._clock()
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+            self._headroom.saw_first_token(now_s, now_s - sequence.arrived_s)
+        sequence.last_token_s = now_s
+
+    def _finish(self, sequence: Sequence, output: Output) -> None:
+        self._forget(sequence.request.id)
+        self._outputs.append(output)
+        if sequence.output_tokens > 1:
+            assert sequence.first_token_s is not None
+            assert sequence.last_token_s is not None
+            span_s = sequence.last_token_s - sequence.first_token_s
+            self._headroom.saw_finish(self._clock(), span_s / (sequence.output_tokens - 1))
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        self._forget(request_id)
+        self._outputs.append(Output(request_id, finish=FinishReason.ERROR, error=error))
+
+    def _forget(self, request_id: str) -> Sequence | None:
+        self._sampler.drop(request_id)
+        return self.scheduler.remove(request_id)

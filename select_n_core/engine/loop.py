@@ -1,0 +1,72 @@
+"""The engine's loop, the same in a child process and in a thread: commands in, reports out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from select_n_core.config import ModelConfig
+from select_n_core.engine.build import build_engine
+from select_n_core.engine.engine import Engine
+from select_n_core.engine.messages import Commands, EngineInfo
+from select_n_core.errors import EngineError
+
+HEARTBEAT_S = 1.0  # an idle engine reports this often, so that its statistics age
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """From a starting engine: what it does now and the share done."""
+
+    what: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """From a starting engine: it serves."""
+
+    info: EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """From a starting engine: it will not serve, and why."""
+
+    error: Exception
+
+
+def run_engine(config: ModelConfig, connection: Connection) -> None:
+    """Build the engine and serve `connection` until it is told to stop or the other end is gone."""
+    try:
+        engine, info = build_engine(
+            config, lambda what, share: connection.send(Progressed(what, share))
+        )
+    except Exception as error:
+        connection.send(Failed(error))
+        return
+    connection.send(Started(info))
+    try:
+        _serve(engine, connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the client is gone; nobody is left to answer
+    finally:
+        engine.executor.close()
+        engine.executor.link.close()
+
+
+def _serve(engine: Engine, connection: Connection) -> None:
+    while True:
+        wait_s = HEARTBEAT_S if engine.idle else 0.0
+        while connection.poll(wait_s):
+            commands: Commands = connection.recv()
+            for request in commands.submit:
+                engine.submit(request)
+            for request_id in commands.cancel:
+                engine.cancel(request_id)
+            if commands.stop:
+                engine.abort(EngineError("the engine is shutting down"))
+                connection.send(engine.step())
+                return
+            wait_s = 0.0
+        connection.send(engine.step())

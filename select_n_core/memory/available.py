@@ -1,0 +1,57 @@
+"""How much memory there is right now: the tightest of device, machine and control group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from select_n_core.errors import DeviceMemoryError
+from select_n_core.quantities import format_bytes
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_host_bytes() -> int:
+    """Bytes this process may still map: MemAvailable, or less inside a control group."""
+    meminfo = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
+    available = int(meminfo["MemAvailable"].split()[0]) << 10
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        available = min(available, int(most) - int(used.read_text()))
+    return available
+
+
+def available_device_bytes(device: torch.device) -> int:
+    """Free bytes of the device; an emulated device is host memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_host_bytes()
+
+
+def wait_for_bytes(
+    what: str,
+    need_bytes: int,
+    available: Callable[[], int],
+    *,
+    deadline_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Wait until a predecessor has given its memory back.
+
+    Raises:
+        DeviceMemoryError: `need_bytes` were not free within `deadline_s`.
+    """
+    end_s = clock() + deadline_s
+    while (free := available()) < need_bytes:
+        if clock() >= end_s:
+            raise DeviceMemoryError(
+                f"{what}: {format_bytes(need_bytes)} needed, {format_bytes(free)} free after "
+                f"waiting {deadline_s:.0f} s; lower the budget or free memory on this machine"
+            )
+        pause(0.2)
