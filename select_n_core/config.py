@@ -6,6 +6,8 @@ is passed through. Sizes and times carry units (`256MiB`, `1GB/s`, `100ms`).
 
 from __future__ import annotations
 
+import math
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,12 +35,24 @@ DType = Literal["bfloat16", "float16", "float32"]
 class _Strict(BaseModel):
     """A field nobody knows is an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _interval(value: object) -> object:
-    # YAML 1.1 reads a bare `off` as False.
-    return "off" if value is False else value
+    if value is False or value == "off":  # YAML 1.1 reads a bare `off` as False
+        return "off"
+    if value == "auto":
+        return value
+    try:
+        number = math.nan if value is True else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 1 <= number < math.inf:
+        raise ValueError(
+            f"must be auto, off or a number N of 1 or more (one in every N layers is streamed), "
+            f"got {value!r}"
+        )
+    return number
 
 
 Interval = Annotated[
@@ -226,6 +240,10 @@ def config_error(error: ValidationError, *, prefix: str) -> ConfigError:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field; remove it or check its spelling"
+    elif first["type"] == "model_type":
+        message = f"needs its fields, as a mapping, got {reprlib.repr(first['input'])}"
+    elif first["type"] not in ("value_error", "missing"):
+        message = f"{message}, got {reprlib.repr(first['input'])}"
     more = error.error_count() - 1
     rest = f" (and {more} more)" if more else ""
     return ConfigError(f"{field}: {message}{rest}", field=field)

@@ -7,6 +7,7 @@ when it does not get it. Inside the program every quantity is a plain number in 
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Annotated, Any
 
@@ -22,19 +23,25 @@ def _registry() -> pint.UnitRegistry[float]:
 
 
 def _parse(text: object, unit: str, example: str) -> float:
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
-        return float(text)
     mend = f"{text!r} is not a {unit} quantity; write it with a unit, for example {example!r}"
-    if not isinstance(text, str):
+    if isinstance(text, bool) or not isinstance(text, (int, float, str)):
         raise InputError(mend)
     try:
-        quantity = _registry().Quantity(text)
-        value = float(quantity.to(unit).magnitude)
+        value = _in_unit(text, unit) if isinstance(text, str) else float(text)
     except Exception as error:  # pint raises a dozen kinds, AssertionError among them
         raise InputError(mend) from error
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise InputError(mend)
     return value
+
+
+def _in_unit(text: str, unit: str) -> float:
+    registry = _registry()
+    quantity = registry.Quantity(text)
+    # To pint a bit is a plain number: "256", "5 rad" and "50%" would all be bytes.
+    if quantity.to_root_units().units != registry.Quantity(1, unit).to_root_units().units:
+        raise InputError(f"{text!r} is of another dimension than {unit}")
+    return float(quantity.to(unit).magnitude)
 
 
 def parse_bytes(text: object) -> int:

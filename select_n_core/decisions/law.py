@@ -108,14 +108,18 @@ def law_s(
     """Closed form for a uniform cost c: exact for even spacing (k divides L, k > d), else a bound.
 
     T = max(L*c + g, k*t, k*(t + c)/d, (k - d)*t + (N + 1)*c + g); for one slot the last term
-    reads (k - 1)*(t + c) + N*c + g. For pi's other prefixes it is a lower bound.
+    reads (k - 1)*(t + c) + N*c + g. With k <= d every copy of an iteration has its own slot and
+    the last term falls away. For pi's other prefixes it is a lower bound.
     """
     compute_s = units * unit_compute_s + outside_s
     if k == 0:
         return compute_s
+    copies_s = max(k * transfer_s, k * (transfer_s + unit_compute_s) / slots)
+    if k <= slots:
+        return max(compute_s, copies_s)
     per_group_s = units / k * unit_compute_s
     if slots == 1:
         last_s = (k - 1) * (transfer_s + unit_compute_s) + per_group_s + outside_s
     else:
         last_s = (k - slots) * transfer_s + per_group_s + unit_compute_s + outside_s
-    return max(compute_s, k * transfer_s, k * (transfer_s + unit_compute_s) / slots, last_s)
+    return max(compute_s, copies_s, last_s)

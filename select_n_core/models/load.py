@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging
 
 from select_n_core.config import DType
 from select_n_core.errors import UnsupportedModelError
@@ -114,6 +115,7 @@ def load_model(directory: Path, dtype: DType) -> LoadedModel:
     Raises:
         UnsupportedModelError: the architecture does not fit, with its name and the reason.
     """
+    logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     check_architecture(config)
     module = AutoModelForCausalLM.from_pretrained(

@@ -14,9 +14,9 @@ from select_n_core.models.source import model_config_hash
 from select_n_core.record import Fingerprint
 
 
-def device_name(link: LinkConfig) -> str:
+def device_name(link_kind: str) -> str:
     """The GPU's name, or the CPU's where the link is emulated."""
-    if link.kind == "cuda" and torch.cuda.is_available():
+    if link_kind == "cuda" and torch.cuda.is_available():
         return str(torch.cuda.get_device_name(0))
     return _cpu_name()
 
@@ -24,7 +24,7 @@ def device_name(link: LinkConfig) -> str:
 def fingerprint(source: str, directory: Path, dtype: DType, link: LinkConfig) -> Fingerprint:
     """The fingerprint of `source` (found at `directory`) on this machine."""
     return Fingerprint(
-        device=device_name(link),
+        device=device_name(link.kind),
         threads=len(os.sched_getaffinity(0)),
         torch=torch.__version__,
         transformers=transformers.__version__,
@@ -44,3 +44,15 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def hardware_here(recorded: Fingerprint) -> Fingerprint:
+    """`recorded` with this machine's hardware and software in place of its own."""
+    return recorded.model_copy(
+        update={
+            "device": device_name(recorded.link_kind),
+            "threads": len(os.sched_getaffinity(0)),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+    )
