@@ -1,0 +1,154 @@
+"""The iteration-time law, predicted and measured: every k, every ring size, two links.
+
+    python -m benchmarks.law --json
+
+Predicted is the recurrence on a record made before the run; nothing is fitted to the run.
+Ring sizes alternate within each k, so that drift of the machine spreads over all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.decoding import DEMO, load, place, record_here
+from benchmarks.environment import Provenance, note, publish
+from select_n_core.decisions.latency import StepShape
+from select_n_core.links.emulated import EmulatedLink
+from select_n_core.models.load import LoadedModel
+from select_n_core.offload.executor import StepRow
+from select_n_core.profiling.measure import Effort
+from select_n_core.record import PerformanceRecord
+
+BATCH = 8
+CONTEXT = 160
+SLOTS = (1, 2, 3)
+WARM_UP = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", default=DEMO)
+    parser.add_argument("--links", type=float, nargs="+", default=[1e9, 4e9], help="bytes/s")
+    parser.add_argument("--repeats", type=int, default=15, help="iterations per point")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+
+    provenance = Provenance()
+    directory, model = load(arguments.source, "bfloat16")
+    effort = Effort(repeats=9, batches=(1, 4, BATCH), contexts=(64, 256), chunks=(32,))
+    points: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
+    for link_bytes_per_s in arguments.links:
+        record = record_here(
+            arguments.source, directory, model, "bfloat16", link_bytes_per_s, effort
+        )
+        records.append(record.model_dump(mode="json"))
+        for k in range(len(model.units) + 1):
+            for slots in SLOTS:
+                points.append(_point(model, record, link_bytes_per_s, slots, k, arguments.repeats))
+            ratios = ", ".join(f"{point['ratio']:.3f}" for point in points[-len(SLOTS) :])
+            note(f"{link_bytes_per_s / 1e9:g} GB/s, k = {k}: measured / predicted {ratios}")
+    document = {
+        "model": arguments.source,
+        "dtype": "bfloat16",
+        "batch": BATCH,
+        "context_tokens": CONTEXT,
+        "repeats": arguments.repeats,
+        "points": points,
+        "summary": _summary(points, max(unit.nbytes for unit in model.units)),
+        "records": records,
+        "provenance": provenance.document(),
+    }
+    publish("law", document, as_json=arguments.json, lines=_lines(document["summary"]))
+
+
+def _point(
+    model: LoadedModel,
+    record: PerformanceRecord,
+    link_bytes_per_s: float,
+    slots: int,
+    k: int,
+    repeats: int,
+) -> dict[str, Any]:
+    link = EmulatedLink(link_bytes_per_s)
+    executor = place(model, link, k=k, slots=slots, requests=BATCH, tokens=CONTEXT + 1)
+    rows = []
+    for index in range(BATCH):
+        executor.blocks.reserve(str(index), CONTEXT + 1)
+        rows.append(StepRow(executor.blocks.table(str(index)), CONTEXT, [1]))
+    times_s = []
+    for _ in range(WARM_UP + repeats):
+        begun_s = time.perf_counter()
+        executor.step(rows).argmax(-1).tolist()
+        times_s.append(time.perf_counter() - begun_s)
+    executor.close()
+    link.close()
+    measured_s = statistics.median(times_s[WARM_UP:])
+    shape = StepShape(decode_rows=BATCH, context_tokens=BATCH * CONTEXT)
+    predicted_s = record.latency_model().iteration_s(shape, k, slots)
+    return {
+        "link_bytes_per_s": link_bytes_per_s,
+        "d": slots,
+        "k": k,
+        "measured_iteration_s": measured_s,
+        "predicted_iteration_s": predicted_s,
+        "ratio": measured_s / predicted_s,
+        "p10_s": float(np.percentile(times_s[WARM_UP:], 10)),
+        "p90_s": float(np.percentile(times_s[WARM_UP:], 90)),
+    }
+
+
+def _summary(points: list[dict[str, Any]], unit_bytes: int) -> list[dict[str, Any]]:
+    rows = []
+    for link_bytes_per_s, slots in sorted({(p["link_bytes_per_s"], p["d"]) for p in points}):
+        own = [p for p in points if (p["link_bytes_per_s"], p["d"]) == (link_bytes_per_s, slots)]
+        ratios = [point["ratio"] for point in own]
+        rows.append(
+            {
+                "link_bytes_per_s": link_bytes_per_s,
+                "d": slots,
+                "points": len(own),
+                "within_10_percent": sum(0.9 <= r <= 1.1 for r in ratios) / len(ratios),
+                "worst_high": max(ratios),
+                "worst_low": min(ratios),
+                "copy_bound": _slope(own, unit_bytes / link_bytes_per_s) if slots > 1 else None,
+            }
+        )
+    return rows
+
+
+def _slope(points: list[dict[str, Any]], transfer_s: float) -> dict[str, float] | None:
+    """Slope of T over k where the copies take longer than everything at k = 0."""
+    compute_s = points[0]["measured_iteration_s"]
+    bound = [p for p in points if p["k"] * transfer_s > 1.3 * compute_s]
+    if len(bound) < 4:
+        return None
+    slope = np.polyfit([p["k"] for p in bound], [p["measured_iteration_s"] for p in bound], 1)[0]
+    return {
+        "points": len(bound),
+        "slope_s": float(slope),
+        "unit_transfer_s": transfer_s,
+        "ratio": float(slope) / transfer_s,
+    }
+
+
+def _lines(summary: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in summary:
+        slope = row["copy_bound"]
+        shown = "" if slope is None else f", slope / (unit bytes / bandwidth) {slope['ratio']:.3f}"
+        lines.append(
+            f"{row['link_bytes_per_s'] / 1e9:g} GB/s, d = {row['d']}: "
+            f"{row['within_10_percent']:.0%} of {row['points']} points within 10%, "
+            f"worst {row['worst_low']:.3f} and {row['worst_high']:.3f}{shown}"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()
