@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from select_n_core.errors import InfeasibleError, InputError, LinkError, SelectNError
-from select_n_core.profiling.measure import Progress
+
+if TYPE_CHECKING:
+    from select_n_core.profiling.measure import Progress  # its module brings torch
 
 BAD_INPUT = 2
 FAILED = 1

@@ -8,13 +8,13 @@ import numpy as np
 
 from select_n_core.slo import SLO
 
-_WINDOW_S = 30.0
+_WINDOW_S = 10.0
 _MOST = 256
 _PERCENTILE = 95.0
 
 
 class HeadroomWindow:
-    """Requests of the last 30 seconds.
+    """Requests of the last ten seconds.
 
     Headroom is 1 - p95 / target: 1 is idle, 0 is just kept, negative is broken.
     """

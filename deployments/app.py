@@ -1,0 +1,143 @@
+"""The application as Ray Serve builds it: one ingress, one replica deployment per model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.handle import DeploymentHandle
+
+from deployments.backend import HandleBackend
+from deployments.http.api import create_api
+from deployments.http.live import LiveRequests
+from deployments.naming import INGRESS, deployment_name
+from deployments.replica import Replica
+from select_n_core.config import ModelConfig, ServeArgs, parse_args
+from select_n_core.engine.client import EngineClient
+from select_n_core.engine.text import TextCodec
+
+HEADROOM_POLICY = "autoscaler.policy:HeadroomPolicy"
+
+# A replica runs mostly outside its actor (device, engine process): a small claim lets several
+# share a small machine.
+_CPUS = 0.1
+# Slots beyond the engine's own queue, so that the engine's verdict, not Ray's, refuses a call.
+_SPARE_SLOTS = 32
+_HEALTH = {
+    "health_check_period_s": 2.0,
+    "health_check_timeout_s": 5.0,
+}
+# How long a replaced replica may finish its streams. Ctrl-C on `select-n serve` drains first.
+_SHUTDOWN = {"graceful_shutdown_timeout_s": 20.0, "graceful_shutdown_wait_loop_s": 0.1}
+
+Load = Callable[[ModelConfig], Awaitable[tuple[TextCodec, EngineClient]]]
+
+
+async def load(model: ModelConfig) -> tuple[TextCodec, EngineClient]:
+    """The text side of a model and its engine, not started yet."""
+    from select_n_core.engine.factory import create_client
+    from select_n_core.models.source import resolve
+
+    directory = await asyncio.to_thread(resolve, model.source)
+    codec = await asyncio.to_thread(TextCodec.load, directory)
+    return codec, create_client(model)
+
+
+class ReplicaDeployment(Replica):
+    """A replica as Ray Serve starts and stops it; a failed start is the deployment's error."""
+
+    async def __init__(self, model: ModelConfig, load: Load = load) -> None:  # type: ignore[misc]
+        codec, client = await load(model)
+        info = await client.start()
+        name = serve.get_replica_context().replica_id.unique_id
+        super().__init__(name, codec, client, info, model.slo.targets())
+
+    async def __del__(self) -> None:
+        # Ray Serve awaits this once its streams are done; without it the engine process would
+        # only notice its parent's death.
+        if hasattr(self, "_client"):  # else it never started
+            await self.close()
+
+
+class IngressDeployment:
+    """Answers HTTP; Ray Serve asks it for its ASGI application once it is constructed."""
+
+    def __init__(self, handles: dict[str, DeploymentHandle], args: ServeArgs) -> None:
+        self._handles = handles
+        self._args = args
+        self._live = LiveRequests()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        api = create_api(
+            {name: HandleBackend(handle, name) for name, handle in self._handles.items()},
+            self._args,
+        )
+        api.add_middleware(self._live.middleware)
+        return api
+
+    async def settle(self, timeout_s: float) -> None:
+        """Return once no request is being answered, or after `timeout_s`."""
+        await self._live.none_left(timeout_s)
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """The application of a configuration's `args`; raises `ConfigError` naming a broken field."""
+    return assemble(parse_args(args))
+
+
+def assemble(args: ServeArgs, load: Load = load) -> serve.Application:
+    """The application of validated arguments; `load` brings a model's text side and engine."""
+    replicas = {model.name: _replica(model, load) for model in args.models}
+    slots = sum(_slots(model) * model.replicas.max for model in args.models)
+    ingress = serve.deployment(serve.ingress()(IngressDeployment)).options(
+        name=INGRESS,
+        ray_actor_options={"num_cpus": _CPUS},
+        max_ongoing_requests=slots + _SPARE_SLOTS,
+        **_HEALTH,
+        **_SHUTDOWN,
+    )
+    return ingress.bind(replicas, args)
+
+
+def actor_options(model: ModelConfig) -> dict[str, float]:
+    """What one replica of `model` claims from Ray: a CUDA link claims one GPU."""
+    if model.link.kind == "cuda":
+        return {"num_cpus": 1.0, "num_gpus": 1.0}
+    return {"num_cpus": _CPUS}
+
+
+def _replica(model: ModelConfig, load: Load) -> serve.Application:
+    deployment = serve.deployment(ReplicaDeployment).options(
+        name=deployment_name(model.name),
+        ray_actor_options=actor_options(model),
+        max_ongoing_requests=_slots(model),
+        **_scale(model),
+        **_HEALTH,
+        **_SHUTDOWN,
+    )
+    return deployment.bind(model, load)
+
+
+def _slots(model: ModelConfig) -> int:
+    return model.max_batch + model.max_queue + _SPARE_SLOTS
+
+
+def _scale(model: ModelConfig) -> dict[str, Any]:
+    replicas = model.replicas
+    if replicas.min == replicas.max:
+        return {"num_replicas": replicas.min}
+    config = AutoscalingConfig(
+        min_replicas=replicas.min,
+        max_replicas=replicas.max,
+        initial_replicas=replicas.min,
+        upscale_delay_s=replicas.upscale_delay,
+        downscale_delay_s=replicas.downscale_delay,
+        # Without it a policy sees its metrics ten seconds late.
+        metrics_interval_s=0.5,
+        look_back_period_s=2.0,
+        policy=AutoscalingPolicy(policy_function=HEADROOM_POLICY),
+    )
+    return {"autoscaling_config": config}

@@ -1,0 +1,152 @@
+"""What travels between the ingress and a replica: frozen dataclasses, one chunk per engine step."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from select_n_core.engine.messages import EngineInfo, EngineStats
+from select_n_core.errors import InputError, OverloadedError, SelectNError
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation, as the model's chat template reads it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingWish:
+    """What a client said about sampling; None leaves the choice to the model's own defaults."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+    ignore_eos: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One sequence that a client asks for.
+
+    Attributes:
+        id: unique among live calls.
+        prompt: plain text, token ids, or the turns of a conversation.
+        prompt_field, max_tokens_field: what the client calls them, for errors.
+        max_tokens: output tokens at most; None lets the replica choose.
+        stop: strings that end the text, not shown.
+    """
+
+    id: str
+    prompt: str | tuple[int, ...] | tuple[Message, ...]
+    sampling: SamplingWish = field(default_factory=SamplingWish)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    prompt_field: str = "prompt"
+    max_tokens_field: str = "max_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The verdict, before prefill: the call is queued."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChance:
+    """A token as text with its natural-log probability."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDetail:
+    """A token that was drawn, and the most likely alternatives, most likely first."""
+
+    drawn: TokenChance
+    top: tuple[TokenChance, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one engine step added.
+
+    Attributes:
+        text: may lag behind the tokens (unfinished characters, possible stop strings).
+        tokens: how many were drawn.
+        finish: set on the last delta.
+    """
+
+    text: str
+    tokens: int = 0
+    details: tuple[TokenDetail, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The call ends here: as the first chunk it was refused, later it broke.
+
+    Errors travel as data, so that their code, field and delay survive every transport.
+    """
+
+    code: str
+    message: str
+    field: str | None = None
+    retry_after_s: float | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """The failure behind an error; one that was not raised on purpose is internal."""
+        if not isinstance(error, SelectNError):
+            return cls("internal_error", f"internal error: {type(error).__name__}")
+        return cls(
+            code=error.code,
+            message=str(error),
+            field=error.field if isinstance(error, InputError) else None,
+            retry_after_s=error.retry_after_s if isinstance(error, OverloadedError) else None,
+        )
+
+
+Chunk = Accepted | Delta | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A replica as others see it, at one moment."""
+
+    replica: str
+    info: EngineInfo
+    stats: EngineStats
+
+
+class Backend(Protocol):
+    """A model's replicas, as the ingress sees them."""
+
+    def generate(self, call: Call) -> AsyncGenerator[Chunk, None]:
+        """Run one call: a verdict, then deltas up to one with `finish`, or a failure.
+
+        It never raises. Closing it early stops the request in the engine.
+        """
+        ...
+
+    async def check(self, timeout_s: float) -> Failure | None:
+        """None when a replica answers within `timeout_s`, else why not."""
+        ...
+
+    async def reports(self, timeout_s: float) -> list[Report]:
+        """One report of every replica; empty when they do not answer within `timeout_s`."""
+        ...

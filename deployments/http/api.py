@@ -1,0 +1,194 @@
+"""The ingress' routes: OpenAI's chat, completions and models; health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.types import Receive, Scope, Send
+
+from deployments.calls import Backend, Delta, Failure
+from deployments.http import errors
+from deployments.http.answer import Answer
+from deployments.http.dialect import ChatDialect, CompletionDialect, Dialect
+from deployments.http.errors import FailureError, error_body, error_response
+from deployments.http.metrics import IngressMetrics, RequestTimer
+from deployments.http.schema import ChatRequest, CompletionRequest
+from select_n_core.config import ServeArgs
+
+_PROBE_TIMEOUT_S = 2.0
+
+
+def create_api(backends: Mapping[str, Backend], args: ServeArgs) -> FastAPI:
+    """The ASGI application that serves `backends`, one per model of `args`."""
+    # JSON is read only under its own content type, which no web page of another origin can send
+    # without asking first.
+    api = FastAPI(title="select-n", strict_content_type=True)
+    errors.install(api)
+    ingress = _Ingress(backends, args)
+    api.post("/v1/chat/completions")(ingress.chat)
+    api.post("/v1/completions")(ingress.complete)
+    api.get("/v1/models")(ingress.models)
+    # A model's name may hold slashes.
+    api.get("/v1/models/{model:path}")(ingress.model)
+    api.get("/health")(ingress.health)
+    api.get("/metrics")(ingress.metrics)
+    return api
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, whose source is closed however the response ends."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, then close their source."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # A client that leaves cancels the sender, which may not be inside the source then.
+            await self._events.aclose()
+
+
+class _Ingress:
+    """The endpoints' state: the models, and what was measured."""
+
+    def __init__(self, backends: Mapping[str, Backend], args: ServeArgs) -> None:
+        self._backends = backends
+        self._stream_timeout_s = args.stream_timeout
+        self._metrics = IngressMetrics({m.name: m.slo.targets() for m in args.models})
+        self._created = int(time.time())
+
+    async def chat(self, body: ChatRequest) -> Response:
+        """Answer a conversation."""
+        return await self._answer(body, ChatDialect(logprobs=bool(body.logprobs)))
+
+    async def complete(self, body: CompletionRequest) -> Response:
+        """Continue one or more prompts."""
+        return await self._answer(body, CompletionDialect(logprobs=body.logprobs is not None))
+
+    async def models(self) -> dict[str, Any]:
+        """List the models."""
+        return {"object": "list", "data": [self._card(name) for name in self._backends]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        """Describe one model."""
+        self._backend(model, field=None)
+        return self._card(model)
+
+    async def health(self) -> Response:
+        """200 when every model has a replica that answers, else 503 and why."""
+        answers = await asyncio.gather(
+            *(backend.check(_PROBE_TIMEOUT_S) for backend in self._backends.values())
+        )
+        broken = {
+            name: answer.message
+            for name, answer in zip(self._backends, answers, strict=True)
+            if answer is not None
+        }
+        if broken:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
+            return error_response(Failure("unavailable", reasons))
+        return JSONResponse({"status": "ok", "models": list(self._backends)})
+
+    async def metrics(self) -> Response:
+        """Prometheus metrics of this ingress and of every replica."""
+        reports = await asyncio.gather(
+            *(backend.reports(_PROBE_TIMEOUT_S) for backend in self._backends.values())
+        )
+        page = self._metrics.page(dict(zip(self._backends, reports, strict=True)))
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
+
+    def _card(self, model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": self._created, "owned_by": "select-n"}
+
+    def _backend(self, model: str, field: str | None = "model") -> Backend:
+        backend = self._backends.get(model)
+        if backend is None:
+            known = ", ".join(self._backends)
+            raise FailureError(
+                Failure("model_not_found", f"there is no model {model!r}; there is {known}", field)
+            )
+        return backend
+
+    async def _answer(self, body: ChatRequest | CompletionRequest, dialect: Dialect) -> Response:
+        backend = self._backend(body.model)
+        request_id = dialect.id_prefix + uuid.uuid4().hex
+        answer = Answer(
+            backend,
+            body.calls(request_id),
+            choices_per_prompt=body.n or 1,
+            stream_timeout_s=self._stream_timeout_s,
+            timer=RequestTimer(self._metrics, body.model, dialect.operation),
+        )
+        await answer.open()
+        frame = {"id": request_id, "created": int(time.time()), "model": body.model}
+        if not body.stream:
+            return JSONResponse(await _whole(answer, dialect, frame))
+        deltas = answer.deltas()
+        opened = False
+        try:
+            # Whatever breaks before the first token still gets its own status.
+            first = await anext(deltas)
+            opened = True
+        finally:
+            if not opened:
+                await deltas.aclose()
+        return EventStream(_events(answer, first, deltas, dialect, frame, usage=body.include_usage))
+
+
+async def _whole(answer: Answer, dialect: Dialect, frame: dict[str, Any]) -> dict[str, Any]:
+    """The response of a request that is not streamed."""
+    choices: dict[int, list[Delta]] = {}
+    async with aclosing(answer.deltas()) as deltas:
+        async for index, delta in deltas:
+            choices.setdefault(index, []).append(delta)
+    return {
+        **frame,
+        "object": dialect.object_name,
+        "choices": [dialect.whole(index, choices[index]) for index in sorted(choices)],
+        "usage": answer.usage,
+    }
+
+
+async def _events(
+    answer: Answer,
+    first: tuple[int, Delta],
+    rest: AsyncGenerator[tuple[int, Delta], None],
+    dialect: Dialect,
+    frame: dict[str, Any],
+    *,
+    usage: bool,
+) -> AsyncGenerator[str, None]:
+    """A streamed response: one event per delta, then the usage if asked for, then [DONE]."""
+    frame = {**frame, "object": dialect.chunk_name}
+    absent = {"usage": None} if usage else {}
+    async with aclosing(rest):
+        yield _event({**frame, "choices": [dialect.chunk(*first)], **absent})
+        try:
+            async for index, delta in rest:
+                yield _event({**frame, "choices": [dialect.chunk(index, delta)], **absent})
+        except FailureError as error:
+            yield _event(error_body(error.failure))
+            return
+        if usage:
+            yield _event({**frame, "choices": [], "usage": answer.usage})
+        yield "data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -1,0 +1,99 @@
+"""Streams: watched for silence, merged, closed whatever happens."""
+
+import asyncio
+
+import pytest
+
+from deployments.calls import Accepted, Delta, Failure
+from deployments.http.live import LiveRequests
+from deployments.http.stream import merged, watched
+
+
+class Source:
+    """A stream of chunks that knows whether it was closed; `None` waits forever."""
+
+    def __init__(self, *chunks) -> None:
+        self._chunks = chunks
+        self.closed = False
+
+    async def __call__(self):
+        try:
+            for chunk in self._chunks:
+                if chunk is None:
+                    await asyncio.Event().wait()
+                yield chunk
+        finally:
+            self.closed = True
+
+
+LAST = Delta("z", finish="stop")
+
+
+async def test_a_watched_stream_passes_everything_on():
+    source = Source(Accepted(1), Delta("a"), LAST)
+    assert [c async for c in watched(source(), 5)] == [Accepted(1), Delta("a"), LAST]
+    assert source.closed
+
+
+async def test_silence_ends_a_watched_stream():
+    source = Source(Accepted(1), None)
+    *_, last = [chunk async for chunk in watched(source(), 0.01)]
+    assert last.code == "stream_timeout"
+    assert source.closed
+
+
+async def test_a_stream_that_just_stops_is_a_failure():
+    *_, last = [chunk async for chunk in watched(Source(Accepted(1))(), 5)]
+    assert isinstance(last, Failure)
+
+
+async def test_nothing_follows_the_end():
+    source = Source(LAST, Delta("more"))
+    assert [chunk async for chunk in watched(source(), 5)] == [LAST]
+    assert source.closed
+
+
+async def test_merging_keeps_every_streams_order():
+    one, two = Source(Delta("a"), LAST), Source(Delta("x"), Delta("y"), LAST)
+    seen = [pair async for pair in merged([one(), two()])]
+    assert [chunk for index, chunk in seen if index == 0] == [Delta("a"), LAST]
+    assert [chunk for index, chunk in seen if index == 1] == [Delta("x"), Delta("y"), LAST]
+
+
+async def test_a_slow_stream_does_not_hold_up_a_fast_one():
+    slow, fast = Source(None), Source(Delta("a"), LAST)
+    stream = merged([slow(), fast()])
+    assert await anext(stream) == (1, Delta("a"))
+    assert await anext(stream) == (1, LAST)
+    await stream.aclose()
+    assert slow.closed
+
+
+async def test_cancelling_the_reader_closes_every_stream():
+    sources = [Source(Delta("a"), None), Source(None)]
+
+    async def read() -> None:
+        async for _ in merged([source() for source in sources]):
+            pass
+
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert all(source.closed for source in sources)
+
+
+async def test_an_ingress_settles_when_its_last_answer_is_out():
+    live, release = LiveRequests(), asyncio.Event()
+
+    async def answer(scope, receive, send) -> None:
+        await release.wait()
+
+    request = asyncio.create_task(live.middleware(answer)({}, None, None))
+    settling = asyncio.create_task(live.none_left(10))
+    done, _ = await asyncio.wait([settling], timeout=0.01)
+    assert not done
+    release.set()
+    await asyncio.gather(request, settling)
+    await live.none_left(0)
