@@ -15,15 +15,13 @@ from deployments.http.api import create_api
 from deployments.http.live import LiveRequests
 from deployments.naming import INGRESS, deployment_name
 from deployments.replica import Replica
+from deployments.sizing import SMALL_CPUS, actor_options
 from select_n_core.config import ModelConfig, ServeArgs, parse_args
 from select_n_core.engine.client import EngineClient
 from select_n_core.engine.text import TextCodec
 
 HEADROOM_POLICY = "autoscaler.policy:HeadroomPolicy"
 
-# A replica runs mostly outside its actor (device, engine process): a small claim lets several
-# share a small machine.
-_CPUS = 0.1
 # Slots beyond the engine's own queue, so that the engine's verdict, not Ray's, refuses a call.
 _SPARE_SLOTS = 32
 _HEALTH = {
@@ -94,19 +92,12 @@ def assemble(args: ServeArgs, load: Load = load) -> serve.Application:
     slots = sum(_slots(model) * model.replicas.max for model in args.models)
     ingress = serve.deployment(serve.ingress()(IngressDeployment)).options(
         name=INGRESS,
-        ray_actor_options={"num_cpus": _CPUS},
+        ray_actor_options={"num_cpus": SMALL_CPUS},
         max_ongoing_requests=slots + _SPARE_SLOTS,
         **_HEALTH,
         **_SHUTDOWN,
     )
     return ingress.bind(replicas, args)
-
-
-def actor_options(model: ModelConfig) -> dict[str, float]:
-    """What one replica of `model` claims from Ray: a CUDA link claims one GPU."""
-    if model.link.kind == "cuda":
-        return {"num_cpus": 1.0, "num_gpus": 1.0}
-    return {"num_cpus": _CPUS}
 
 
 def _replica(model: ModelConfig, load: Load) -> serve.Application:

@@ -1,4 +1,4 @@
-"""How much host memory a replica and the pod around it need.
+"""What a replica claims of its node, and how much host memory it and its pod need.
 
 A replica needs what its configuration grants, plus what its processes hold beside it; a pod needs
 that, plus Ray's daemons and the ingress. The numbers for the processes are allowances, rounded up.
@@ -21,6 +21,17 @@ DAEMONS_BYTES = GIB  # raylet, its agents, the Serve proxy
 INGRESS_BYTES = 512 * MIB
 # Ray kills workers when a node's memory is 95 % used.
 _USABLE = 0.9
+
+# A replica runs mostly outside its actor (device, engine process): a small claim lets several
+# share a small machine.
+SMALL_CPUS = 0.1
+
+
+def actor_options(model: ModelConfig) -> dict[str, float]:
+    """What one replica of `model` claims from Ray: a CUDA link claims one GPU."""
+    if model.link.kind == "cuda":
+        return {"num_cpus": 1.0, "num_gpus": 1.0}
+    return {"num_cpus": SMALL_CPUS}
 
 
 def replica_memory_bytes(model: ModelConfig) -> int:

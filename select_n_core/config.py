@@ -186,6 +186,8 @@ def load_config(path: str | Path) -> DeployConfig:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", field=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: it is not UTF-8", field=str(path)) from error
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -59,18 +59,28 @@ def parse_bytes_per_s(text: object) -> float:
     return _parse(text, "byte/second", "2GB/s")
 
 
-def format_bytes(value: float) -> str:
-    """`268435456` as `256 MiB`, for people."""
+def format_bytes(value: float, *, up: bool = False) -> str:
+    """`268435456` as `256 MiB`, for people; `up` never rounds down (for "give at least ...")."""
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:
-            return f"{value:.4g} {unit}"
+            return f"{_digits(value, 4, up)} {unit}"
         value /= 1024
-    return f"{value:.4g} GiB"
+    return f"{_digits(value, 4, up)} GiB"
 
 
-def format_seconds(value: float) -> str:
-    """`0.0431` as `43.1 ms`, for people."""
-    return f"{value * 1e3:.3g} ms" if abs(value) < 1 else f"{value:.3g} s"
+def format_seconds(value: float, *, up: bool = False) -> str:
+    """`0.0431` as `43.1 ms`, for people; `up` never rounds down (for "give at least ...")."""
+    if abs(value) < 1:
+        return f"{_digits(value * 1e3, 3, up)} ms"
+    return f"{_digits(value, 3, up)} s"
+
+
+def _digits(value: float, digits: int, up: bool) -> str:
+    text = f"{value:.{digits}g}"
+    if up and float(text) < value:
+        value += 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+        text = f"{value:.{digits}g}"
+    return text
 
 
 def _field(parse: Any, example: str) -> Any:

@@ -7,9 +7,19 @@ model. A record is refused where its fingerprint does not match, with the differ
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from select_n_core.decisions.latency import ComputeModel, LatencyModel
 from select_n_core.decisions.layout import ModelMemory
@@ -51,8 +61,8 @@ class TransferSample(_Frozen):
     """
 
     direction: Literal["h2d", "d2h"]
-    nbytes: int
-    seconds: tuple[float, ...]
+    nbytes: PositiveInt
+    seconds: tuple[PositiveFloat, ...]
 
 
 class ComputeSample(_Frozen):
@@ -67,15 +77,15 @@ class ComputeSample(_Frozen):
         repeats: passes measured.
     """
 
-    decode_rows: int
-    context_tokens: int
-    prefill_tokens: int
-    prefill_pairs: int
-    rows: int
-    unit_s: float
-    outside_s: float
-    variation: float
-    repeats: int
+    decode_rows: NonNegativeInt
+    context_tokens: NonNegativeInt
+    prefill_tokens: NonNegativeInt
+    prefill_pairs: NonNegativeInt
+    rows: PositiveInt
+    unit_s: PositiveFloat
+    outside_s: NonNegativeFloat
+    variation: NonNegativeFloat
+    repeats: PositiveInt
 
 
 class ColdSample(_Frozen):
@@ -86,9 +96,9 @@ class ColdSample(_Frozen):
         stalled_extra_s: after waiting `stall_s` for it.
     """
 
-    streamed_extra_s: float
-    stalled_extra_s: float
-    stall_s: float
+    streamed_extra_s: NonNegativeFloat
+    stalled_extra_s: NonNegativeFloat
+    stall_s: PositiveFloat
 
 
 class ModeRecord(_Frozen):
@@ -98,15 +108,23 @@ class ModeRecord(_Frozen):
         fit_error: largest relative error of the fitted model on its own samples.
     """
 
-    threads: int
+    threads: PositiveInt
     samples: tuple[ComputeSample, ...]
     cold: ColdSample | None
-    token_grid: tuple[tuple[int, float], ...]
-    per_context_token_s: float
-    per_pair_s: float
-    outside_s: float
-    outside_per_row_s: float
-    fit_error: float
+    token_grid: Annotated[tuple[tuple[PositiveInt, PositiveFloat], ...], Field(min_length=1)]
+    per_context_token_s: NonNegativeFloat
+    per_pair_s: NonNegativeFloat
+    outside_s: NonNegativeFloat
+    outside_per_row_s: NonNegativeFloat
+    fit_error: NonNegativeFloat
+
+    @field_validator("token_grid")
+    @classmethod
+    def _ascends(cls, grid: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        tokens, seconds = [point[0] for point in grid], [point[1] for point in grid]
+        if tokens != sorted(set(tokens)) or seconds != sorted(seconds):
+            raise ValueError("must ascend in tokens and not descend in seconds")
+        return grid
 
     def compute_model(self) -> ComputeModel:
         """The coefficients as the plain fact that decisions take."""
@@ -136,15 +154,15 @@ class PerformanceRecord(_Frozen):
 
     version: Literal[1] = 1
     fingerprint: Fingerprint
-    static_bytes: int
-    unit_bytes: tuple[int, ...]
-    kv_bytes_per_token: int
-    max_context: int
+    static_bytes: NonNegativeInt
+    unit_bytes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    kv_bytes_per_token: PositiveInt
+    max_context: PositiveInt
     transfers: tuple[TransferSample, ...]
-    transfer_s: float
+    transfer_s: PositiveFloat
     streaming: ModeRecord
     resident: ModeRecord | None
-    seconds: float
+    seconds: PositiveFloat
 
     @property
     def link_bytes_per_s(self) -> float:
@@ -192,16 +210,17 @@ class PerformanceRecord(_Frozen):
 def load_record(path: Path) -> PerformanceRecord:
     """Read a record; raises InputError naming the field that is wrong."""
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the record {path}: {error.strerror}") from error
     try:
-        return PerformanceRecord.model_validate_json(text)
+        return PerformanceRecord.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(step) for step in first["loc"]) or "record"
+        what = first["msg"].removeprefix("Value error, ")
         raise InputError(
-            f"{path} is not a performance record: {field}: {first['msg']}; "
+            f"{path} is not a performance record: {field}: {what}; "
             "run `select-n profile` to make one",
             field=field,
         ) from error

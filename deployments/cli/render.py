@@ -16,20 +16,23 @@ from typing import Any
 
 import yaml
 
+from deployments.naming import deployment_name
 from deployments.sizing import (
     GIB,
     MIB,
     OBJECT_STORE_BYTES,
+    actor_options,
     pod_memory_bytes,
     replica_memory_bytes,
 )
-from select_n_core.config import DeployConfig, ModelConfig
+from select_n_core.config import SERVE_APPLICATION, DeployConfig, ModelConfig
 from select_n_core.errors import ConfigError, InputError
 
 HEADER = "# Written by `select-n render-k8s`: change the configuration and render again.\n"
 SERVE_CONFIG_HEADER = (
-    "# The configuration file, with two changes: inside a pod the proxy listens on all\n"
-    "# addresses, or no Kubernetes Service could reach it, and every node with replicas has one.\n"
+    "# The configuration file, with three changes: inside a pod the proxy listens on all\n"
+    "# addresses, or no Kubernetes Service could reach it; every node with replicas has one; and\n"
+    "# replicas claim their memory, or several would share a pod that was sized for one.\n"
 )
 
 HEAD_CPUS = 2
@@ -173,8 +176,25 @@ def _serve_config(config: DeployConfig) -> str:
     document = config.document | {
         "proxy_location": "EveryNode",
         "http_options": config.document["http_options"] | {"host": "0.0.0.0"},
+        "applications": [
+            application | {"deployments": _claims(config, application.get("deployments", []))}
+            if application["name"] == SERVE_APPLICATION
+            else application
+            for application in config.document["applications"]
+        ],
     }
     return SERVE_CONFIG_HEADER + _dump(document)
+
+
+def _claims(config: DeployConfig, given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every replica claims its memory, so that a second one wants a pod of its own."""
+    named = {deployment["name"]: deployment for deployment in given}
+    for model in config.serve.models:
+        name = deployment_name(model.name)
+        claim = actor_options(model) | {"memory": replica_memory_bytes(model)}
+        options = claim | named.get(name, {}).get("ray_actor_options", {})
+        named[name] = {"name": name, **named.get(name, {}), "ray_actor_options": options}
+    return list(named.values())
 
 
 def _head(config: DeployConfig, options: RenderOptions, *, autoscaled: bool) -> dict[str, Any]:

@@ -206,7 +206,8 @@ def _announce(config: DeployConfig, *, as_json: bool) -> None:
     ]
     body = {
         "model": config.serve.models[0].name,
-        "messages": [{"role": "user", "content": "Say hello."}],
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
         "stream": True,
     }
     example = (

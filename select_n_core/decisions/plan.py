@@ -18,6 +18,7 @@ from select_n_core.quantities import format_bytes, format_seconds
 from select_n_core.slo import SLO
 
 TPOT_MARGIN = 0.05  # share of the target kept back: a measured iteration varies by a few per cent
+_EQUAL = 1e-6  # rates that differ by less are the same rate, summed in another order
 
 
 class Reason(StrEnum):
@@ -139,7 +140,8 @@ def make_plan(inputs: PlanInputs) -> Plan:
     if not useful:
         return _infeasible(inputs, candidates)
     wanted = inputs.rate_per_s if inputs.rate_per_s is not None else float("inf")
-    best = max(useful, key=lambda c: (min(c.requests_per_s, wanted), -c.k))
+    enough = min(wanted, max(c.requests_per_s for c in useful)) * (1 - _EQUAL)
+    best = next(c for c in useful if c.requests_per_s >= enough)
     note = Note.OFFLOAD_NOT_NEEDED if best.k == 0 else None
     message = (
         "everything fits on the device: nothing is streamed"
@@ -299,9 +301,9 @@ def _forced(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
             else (chosen.host_bytes, inputs.host_bytes)
         )
         message = (
-            f"interval {_shown(chosen.interval)} (k = {chosen.k}) needs {format_bytes(need)} of "
-            f"{kind} memory, {format_bytes(have)} are given; raise {kind}_memory or set "
-            "interval: auto"
+            f"interval {_shown(chosen.interval)} (k = {chosen.k}) needs "
+            f"{format_bytes(need, up=True)} of {kind} memory, {format_bytes(have)} are given; "
+            f"raise {kind}_memory or set interval: auto"
         )
         return _plan(inputs, candidates, chosen, reason=reason, message=message)
     if 0 < chosen.k <= inputs.slots:
@@ -320,7 +322,9 @@ def _forced(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
     else:
         note = Note.FORCED_INTERVAL
         message = f"interval {_shown(chosen.interval)} as asked"
-    batch = max(1, min(inputs.max_batch, chosen.kv_tokens // inputs.memory.block_tokens))
+    memory = inputs.memory
+    request_blocks = memory.blocks_of(inputs.prompt_tokens + inputs.output_tokens)
+    batch = min(inputs.max_batch, chosen.kv_tokens // memory.block_tokens // request_blocks)
     return _plan(
         inputs,
         candidates,
@@ -333,44 +337,53 @@ def _forced(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
 def _infeasible(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
     upper, lower = _range(candidates)
     memory, slo = inputs.memory, inputs.slo
-    everything = candidates[-1]
+    smallest = min(candidates, key=lambda c: c.device_bytes)
     fastest = min(candidates, key=lambda c: c.tpot_s)
     if lower is None:
-        reason, shown = Reason.DEVICE_TOO_SMALL, everything
+        reason, shown = Reason.DEVICE_TOO_SMALL, smallest
         message = (
-            f"even with every unit streamed, one request of "
+            f"even with {smallest.k} of {memory.units} units streamed, one request of "
             f"{inputs.prompt_tokens + inputs.output_tokens} tokens needs "
-            f"{format_bytes(everything.device_bytes)} of device memory, "
+            f"{format_bytes(smallest.device_bytes, up=True)} of device memory, "
             f"{format_bytes(inputs.device_bytes)} are given; raise device_memory"
         )
     elif not any(c.meets_tpot and c.meets_ttft for c in candidates):
         reason, shown = Reason.SLO_BELOW_COMPUTE, fastest
-        which, target_s, best_s = (
-            ("tpot", slo.tpot_s * (1 - TPOT_MARGIN), fastest.tpot_s)
-            if not any(c.meets_tpot for c in candidates)
-            else ("ttft", slo.ttft_s, min(c.ttft_s for c in candidates))
-        )
         message = (
-            f"the fastest iteration alone takes {format_seconds(best_s)}, above the {which} "
-            f"target's {format_seconds(target_s)}; raise {which} or use a faster device"
+            f"a request that runs alone needs {_targets(fastest)} at best, the targets are "
+            f"{format_seconds(slo.tpot_s)} and {format_seconds(slo.ttft_s)}; raise them or use a "
+            "faster device"
         )
     elif not any(c.fits_device and c.fits_host for c in candidates):
         reason, shown = Reason.HOST_TOO_SMALL, candidates[lower]
         message = (
             f"the device holds the model only with {lower} or more of {memory.units} units "
-            f"streamed, which takes {format_bytes(candidates[lower].host_bytes)} of host memory; "
-            f"{format_bytes(inputs.host_bytes)} are given; raise host_memory or device_memory"
+            f"streamed, which takes {format_bytes(candidates[lower].host_bytes, up=True)} of host "
+            f"memory; {format_bytes(inputs.host_bytes)} are given; raise host_memory or "
+            "device_memory"
         )
     else:
         reason, shown = Reason.INTERVAL_RANGE_EMPTY, candidates[lower]
-        needed = candidates[upper or 0]
+        allowed = candidates[upper or 0]
+        needed = min(candidates[: allowed.k + 1], key=lambda c: c.device_bytes)
         message = (
-            f"the targets allow N >= {_shown(needed.interval)} (k <= {needed.k}), device memory "
+            f"the targets allow N >= {_shown(allowed.interval)} (k <= {allowed.k}), device memory "
             f"needs N <= {_shown(shown.interval)} (k >= {shown.k}): give "
-            f"{format_bytes(needed.device_bytes)} of device_memory, or a tpot of "
-            f"{format_seconds(shown.tpot_s / (1 - TPOT_MARGIN))}"
+            f"{format_bytes(needed.device_bytes, up=True)} of device_memory, or "
+            f"{_targets(shown)}"
         )
     return _plan(inputs, candidates, replace(shown, batch=0), reason=reason, message=message)
+
+
+def _targets(candidate: Candidate) -> str:
+    """The targets that this candidate would keep, as far as it misses those given."""
+    targets = []
+    if not candidate.meets_tpot:
+        tpot_s = candidate.tpot_s / (1 - TPOT_MARGIN)
+        targets.append(f"a tpot of {format_seconds(tpot_s, up=True)}")
+    if not candidate.meets_ttft:
+        targets.append(f"a ttft of {format_seconds(candidate.ttft_s, up=True)}")
+    return " and ".join(targets)
 
 
 def _shown(interval: float | None) -> str:
@@ -382,7 +395,15 @@ def _check(inputs: PlanInputs) -> None:
         if getattr(inputs, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(inputs, name)}", field=name)
     if inputs.host_bytes < 0:
-        raise InputError(f"host_memory must not be negative, got {inputs.host_bytes}")
+        raise InputError(
+            f"host_memory must not be negative, got {inputs.host_bytes}", field="host_memory"
+        )
+    if inputs.max_step_tokens < inputs.max_batch:
+        raise InputError(
+            f"max_step_tokens ({inputs.max_step_tokens}) is below max_batch ({inputs.max_batch}): "
+            "a step must hold one token of every running request",
+            field="max_step_tokens",
+        )
     total = inputs.prompt_tokens + inputs.output_tokens
     if total > inputs.max_context:
         raise InputError(

@@ -67,7 +67,11 @@ class Engine:
         """Queue a request; its first output is the verdict: accepted, or its error."""
         try:
             self.scheduler.add(request)
-            self._sampler.add(request)
+            try:
+                self._sampler.add(request)
+            except SelectNError:
+                self.scheduler.remove(request.id)
+                raise
         except SelectNError as error:
             self._outputs.append(Output(request.id, finish=FinishReason.ERROR, error=error))
         else:

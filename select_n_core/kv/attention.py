@@ -50,6 +50,7 @@ class PagedAttention:
         blocks: list[int] = []
         self._chunks: list[_Chunk] = []
         decoding: list[tuple[int, Row]] = []
+        begun: list[int] = []  # last blocks that this step begins and leaves partly unwritten
         for row in rows:
             start = len(positions)
             if row.tokens == 1:
@@ -59,6 +60,11 @@ class PagedAttention:
             for position in range(row.context, row.context + row.tokens):
                 positions.append(position)
                 blocks.append(row.blocks[position // size])
+            end = row.context + row.tokens
+            if end % size and (end - 1) // size * size >= row.context:
+                begun.append(row.blocks[end // size])
+        if begun:
+            cache.clear(torch.tensor(begun, device=device))
         self.positions = torch.tensor(positions, device=device)
         self._blocks = torch.tensor(blocks, device=device)
         self._offsets = self.positions % size
@@ -200,7 +206,7 @@ class _Chunk:
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, traits: AttentionTraits) -> Tensor:
         heads, kv_heads = q.shape[0], k.shape[0]
         group = heads // kv_heads
-        queries = (q * traits.scaling).view(kv_heads, group * self.tokens, -1)
+        queries = (q * traits.scaling).reshape(kv_heads, group * self.tokens, -1)
         scores = (queries @ k.mT).float().view(1, kv_heads, group, self.tokens, -1)
         hidden = torch.zeros(scores.shape[-2:], device=q.device)
         hidden.masked_fill_(~self._seen(traits), _HIDDEN)

@@ -35,6 +35,7 @@ class KVCache:
         region.zero_()
         elements = region[: self.blocks * nbytes].view(dtype)
         stride = nbytes // dtype.itemsize
+        self._whole = elements.view(self.blocks, stride)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         offset = 0
@@ -48,6 +49,10 @@ class KVCache:
                     )
                 )
                 offset += layer.kv_heads * block_tokens * dim
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zero whole blocks (int64 ids) before their first token: an earlier owner's can be NaN."""
+        self._whole.index_fill_(0, blocks, 0)
 
     def keys(self, layer: int) -> Tensor:
         """[blocks, kv_heads, block_tokens, k_dim]."""

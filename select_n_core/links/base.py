@@ -52,7 +52,7 @@ class LinkCounters:
     Attributes:
         bytes: by (direction, kind); kind is the caller's word: `weights`, `kv`.
         copies: by (direction, kind).
-        stall_s: compute time spent waiting for copies.
+        stall_s: compute time spent waiting for copies, where the host can see it (emulated).
     """
 
     bytes: Counter[tuple[Direction, str]] = field(default_factory=Counter)

@@ -149,7 +149,10 @@ class CudaCopy:
 
     def done(self) -> bool:
         """See `Copy.done`."""
-        return self.runtime.event_done(self.end)
+        try:
+            return self.runtime.event_done(self.end)
+        except RuntimeError as error:
+            raise LinkError(f"a copy over the CUDA link failed: {error}") from error
 
     def duration_s(self) -> float:
         """See `Copy.duration_s`."""
@@ -206,10 +209,14 @@ class CudaLink:
         self._registry.check(source if direction is Direction.TO_DEVICE else target)
         stream = self._streams[direction]
         for event in after:
-            if isinstance(event, CudaEvent):
-                self._runtime.stream_wait(stream, event.event)
+            if not isinstance(event, CudaEvent):
+                raise LinkError("this event was made by another link")
+            self._runtime.stream_wait(stream, event.event)
         start = self._runtime.record(stream)  # after the waits: a stall is not a slow link
-        self._runtime.copy_async(target, source, stream)
+        try:
+            self._runtime.copy_async(target, source, stream)
+        except RuntimeError as error:
+            raise LinkError(f"a copy over the CUDA link failed: {error}") from error
         end = self._runtime.record(stream)
         self.counters.bytes[direction, kind] += source.numel()
         self.counters.copies[direction, kind] += 1

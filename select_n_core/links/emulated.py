@@ -117,8 +117,12 @@ class EmulatedLink:
             raise LinkError("the link is closed")
         check_shapes(target, source)
         self._registry.check(source if direction is Direction.TO_DEVICE else target)
-        events = tuple(event for event in after if isinstance(event, EmulatedEvent))
-        copy = EmulatedCopy(target, source, events, time.perf_counter())
+        events: list[EmulatedEvent] = []
+        for event in after:
+            if not isinstance(event, EmulatedEvent):
+                raise LinkError("this event was made by another link")
+            events.append(event)
+        copy = EmulatedCopy(target, source, tuple(events), time.perf_counter())
         if direction not in self._workers:
             self._workers[direction] = _Worker(self, direction)
         self._workers[direction].queue.put(copy)
@@ -177,6 +181,7 @@ class _Worker:
                 copy.error = error
                 copy.ended.set(time.perf_counter())
             finally:
+                del copy  # an idle worker must not keep memory that its owner gave back
                 self.queue.task_done()
         self.queue.task_done()
 

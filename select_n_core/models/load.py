@@ -94,6 +94,12 @@ def check_architecture(config: PretrainedConfig) -> None:
             f"model type '{name}' is quantised; give the unquantised safetensors checkpoint",
             field="source",
         )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedModelError(
+            f"model type '{name}' with use_bidirectional_attention is not supported: "
+            "only causal models generate",
+            field="source",
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     # Gemma 3 keeps one set of parameters per layer type.
     variants = [rope, *(value for value in rope.values() if isinstance(value, dict))]

@@ -39,7 +39,13 @@ class AttentionTraits:
 
 
 class StepAttention(Protocol):
-    """One step's attention: where new keys and values go and what each query sees."""
+    """One step's attention: where new keys and values go and what each query sees.
+
+    Attributes:
+        positions: [tokens], of each packed token in its own request.
+    """
+
+    positions: Tensor
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, traits: AttentionTraits
@@ -74,20 +80,43 @@ def _attention(
     layer = int(module.layer_idx)
     traits = AttentionTraits(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        window=sliding_window,
+        window=_window_of(module, layer) if sliding_window is None else sliding_window,
         chunk=_chunk_of(module, layer),
         softcap=softcap,
         sinks=s_aux,
     )
-    return select_n.attend(layer, query[0], key[0], value[0], traits)[None], None
+    query = _at_own_positions(module, query[0], select_n.positions)
+    return select_n.attend(layer, query, key[0], value[0], traits)[None], None
+
+
+def _at_own_positions(module: nn.Module, query: Tensor, positions: Tensor) -> Tensor:
+    """Llama 4 tempers queries by their place in the packed input; make that their own position."""
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+    floor_scale, attn_scale = module.floor_scale, module.attn_scale
+
+    def temper(places: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((places.float() + 1.0) / floor_scale)) * attn_scale + 1.0
+
+    packed = torch.arange(query.shape[1], device=query.device)
+    return (query * (temper(positions) / temper(packed))[:, None]).to(query.dtype)
+
+
+def _window_of(module: nn.Module, layer: int) -> int | None:
+    """The window of a model that says so to the mask alone (Qwen2-MoE), which nobody builds."""
+    return _size_of(module, layer, "sliding_attention", "sliding_window")
 
 
 def _chunk_of(module: nn.Module, layer: int) -> int | None:
+    return _size_of(module, layer, "chunked_attention", "attention_chunk_size")
+
+
+def _size_of(module: nn.Module, layer: int, layer_type: str, size: str) -> int | None:
     config: Any = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
-    if types is None or types[layer] != "chunked_attention":
+    if types is None or types[layer] != layer_type:
         return None
-    return int(config.attention_chunk_size)
+    return int(getattr(config, size))
 
 
 # Deliberately absent from AttentionMaskInterface: no mask is built, the context knows.
@@ -120,6 +149,7 @@ class _Recorder:
     """A step context that records shapes and attends causally without any cache."""
 
     def __init__(self) -> None:
+        self.positions = torch.zeros(1, dtype=torch.long)
         self.kv: dict[int, LayerKV] = {}
 
     def attend(

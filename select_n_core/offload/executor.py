@@ -91,6 +91,7 @@ class Executor:
         self.memory = model_memory(model, placement.block_tokens)
         self.k = placement.k
         self.streamed = streamed_units(self.memory.units, placement.k)
+        self._closed = False
         layout = device_layout(self.memory, placement.arena_bytes, placement.k, placement.slots)
         if layout is None:
             raise DeviceMemoryError(
@@ -162,7 +163,10 @@ class Executor:
         return logits
 
     def close(self) -> None:
-        """Give arena and mirrors back; the model is left without tensors."""
+        """Give arena and mirrors back; the model is left without tensors. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         self._streamer.close()
         self.link.drain()
         for host in self._mirrors.values():

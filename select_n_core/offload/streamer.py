@@ -102,6 +102,8 @@ class WeightStreamer:
 
         A forward that raises drains the ring; the next iteration starts cold.
         """
+        if self._active:
+            raise StreamingError("an iteration is running already; iterations do not nest")
         self._check(streamed)
         if streamed != self._streamed:
             self._restart(streamed)
@@ -143,6 +145,9 @@ class WeightStreamer:
         self._restart(())
         for handle in self._handles:
             handle.remove()
+        self._homes.clear()
+        self._mirrors.clear()
+        self._slots.clear()
 
     def _issue(self) -> None:
         assert self._ring is not None
@@ -164,6 +169,10 @@ class WeightStreamer:
         if self._ring is not None:
             self._ring.abandon()
         self._copies.clear()
+        # Compute that was issued so far may still read a slot: a forward that raised released
+        # nothing, and a fresh arena may be memory that its last owner's compute still uses.
+        now = self._link.compute_event()
+        self._slot_free = [now] * len(self._slots)
         for unit in self._streamed:
             if unit in self._homes:
                 self._units[unit].bind(self._homes[unit])

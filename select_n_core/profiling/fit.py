@@ -9,7 +9,6 @@ from itertools import pairwise
 import numpy as np
 
 from select_n_core.decisions.latency import ComputeModel, StepShape
-from select_n_core.errors import InputError
 from select_n_core.record import ColdSample, ComputeSample, ModeRecord
 
 
@@ -18,13 +17,7 @@ def fit_mode(samples: Sequence[ComputeSample], cold: ColdSample | None, threads:
 
     Attention terms are slopes between shapes of equal tokens; what remains is a function of the
     tokens alone, kept as measured points and made monotone; g is a line over rows of logits.
-
-    Raises:
-        InputError: a sample is not a positive, finite time.
     """
-    for sample in samples:
-        if not (0 < sample.unit_s < float("inf") and 0 <= sample.outside_s < float("inf")):
-            raise InputError(f"a sample has an impossible time: {sample}")
     per_context = _slope(samples, lambda s: s.context_tokens, prefill=False)
     per_pair = _slope(samples, lambda s: s.prefill_pairs, prefill=True)
     rest: dict[int, list[float]] = defaultdict(list)

@@ -9,7 +9,8 @@ from ray import cloudpickle
 from standins import MODEL, args, soon
 
 from deployments import app
-from deployments.app import actor_options, assemble, build_app
+from deployments.app import assemble, build_app
+from deployments.sizing import actor_options
 from deployments.backend import HandleBackend
 from deployments.calls import Accepted, Call, Delta, Failure
 from deployments.naming import deployment_name

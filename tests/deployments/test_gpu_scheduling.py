@@ -6,7 +6,7 @@ import pytest
 from standins import args
 
 from deployments import ray_compat
-from deployments.app import actor_options
+from deployments.sizing import actor_options
 from deployments.cli.serve import check_capacity
 from select_n_core.errors import ConfigError
 

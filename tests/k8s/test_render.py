@@ -124,10 +124,11 @@ def test_what_kuberay_fills_in_may_be_left_out(schema):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_serve_config_is_the_file_but_for_the_listening_address(name):
+def test_the_serve_config_is_the_file_but_for_address_and_memory_claims(name):
     source = CONFIGS[name].document
     document = serve_config(CONFIGS[name])
-    assert document["applications"] == source["applications"]
+    for rendered, given in zip(document["applications"], source["applications"], strict=True):
+        assert {k: v for k, v in rendered.items() if k != "deployments"} == given
     assert document["http_options"] == source["http_options"] | {"host": "0.0.0.0"}
     assert document["proxy_location"] == "EveryNode"
     assert set(document) == set(source)
@@ -150,6 +151,29 @@ def test_the_serve_config_says_why_it_listens_on_all_addresses():
     assert (
         "no Kubernetes Service could reach it" in service(CONFIGS["gpu"])["spec"]["serveConfigV2"]
     )
+
+
+def test_replicas_claim_what_a_worker_pod_offers():
+    """As many replicas fit a pod as it was sized for: one."""
+    (deployment,) = serve_config(CONFIGS["gpu"])["applications"][0]["deployments"]
+    claim = deployment["ray_actor_options"]
+    (group,) = workers(CONFIGS["gpu"])
+    assert claim["num_gpus"] == 1
+    assert claim["memory"] == int(group["rayStartParams"]["memory"])
+
+
+def test_claims_of_the_file_win_and_its_other_options_stay():
+    plain = config(model("m"))
+    application = plain.document["applications"][0] | {
+        "deployments": [
+            {"name": "model-m", "ray_actor_options": {"num_cpus": 3}, "max_ongoing_requests": 7}
+        ]
+    }
+    given = parse_config(plain.document | {"applications": [application]})
+    (deployment,) = serve_config(given)["applications"][0]["deployments"]
+    assert deployment["max_ongoing_requests"] == 7
+    assert deployment["ray_actor_options"]["num_cpus"] == 3
+    assert deployment["ray_actor_options"]["memory"] > 0
 
 
 def test_other_parts_of_the_file_pass_through():

@@ -1,0 +1,375 @@
+"""The engine on a tiny model: tokens equal transformers', and every request has its own end."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny import EOS_TOKEN_ID, VOCAB_SIZE, tiny_llama
+
+from select_n_core.decisions.latency import ComputeModel, LatencyModel
+from select_n_core.decisions.layout import arena_bytes_for
+from select_n_core.engine.engine import Engine
+from select_n_core.engine.messages import FinishReason, Output, Request, SamplingParams
+from select_n_core.engine.scheduler import Limits, Scheduler
+from select_n_core.errors import (
+    ContextLengthError,
+    EngineError,
+    OverloadedError,
+    RequestError,
+)
+from select_n_core.links.emulated import EmulatedLink
+from select_n_core.models.load import take_apart
+from select_n_core.offload.executor import Executor, Placement, model_memory
+from select_n_core.slo import SLO
+
+torch.set_num_threads(1)
+
+BLOCKS, BLOCK_TOKENS = 24, 16
+LATENCY = LatencyModel(6, 1e-5, ComputeModel(((1, 1e-4), (256, 1e-3)), 0.0, 0.0, 1e-4, 0.0))
+
+
+@contextmanager
+def running_engine(k: int = 3, eos: tuple[int, ...] = (), **limits: int):
+    """A tiny Llama with `k` of 6 layers streamed over a very fast emulated link."""
+    model = take_apart(tiny_llama())
+    memory = model_memory(model, BLOCK_TOKENS)
+    link = EmulatedLink(1e11)
+    executor = Executor(
+        model,
+        Placement(
+            arena_bytes=arena_bytes_for(memory, k, 2, BLOCKS),
+            k=k,
+            slots=2,
+            block_tokens=BLOCK_TOKENS,
+            threads=1,
+        ),
+        link,
+        torch.device("cpu"),
+    )
+    facts = {
+        "max_batch": 4,
+        "max_step_tokens": 24,
+        "max_queue": 8,
+        "max_tokens": 256,
+        "vocab_size": model.vocab_size,
+        "least_chunk": 8,
+    }
+    scheduler = Scheduler(
+        limits=Limits(**{**facts, **limits}),
+        slo=SLO(tpot_s=10.0, ttft_s=10.0),
+        latency=LATENCY,
+        blocks=executor.blocks,
+        k=k,
+        slots=2,
+        clock=lambda: 0.0,
+    )
+    try:
+        yield Engine(executor, scheduler, eos, clock=lambda: 0.0)
+    finally:
+        executor.close()
+        link.close()
+
+
+@pytest.fixture
+def engine():
+    with running_engine() as built:
+        yield built
+        assert built.executor.blocks.free_blocks == BLOCKS, "every block came back"
+        assert built.idle
+
+
+def prompt(number: int, length: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(number)
+    return tuple(torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist())
+
+
+def request(name: str, length: int = 9, tokens: int = 8, text: int = 0, **rules) -> Request:
+    return Request(name, prompt(text, length), SamplingParams(max_tokens=tokens, **rules))
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """What `transformers` generates for a request, alone and greedily."""
+    model = tiny_llama(eos_token_id=None)
+
+    def expected(asked: Request) -> list[int]:
+        ids = torch.tensor([asked.prompt])
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=asked.sampling.max_tokens,
+                do_sample=False,
+            )
+        return out[0, ids.shape[1] :].tolist()
+
+    return expected
+
+
+class Heard:
+    """Everything the engine reported, by request."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.outputs: dict[str, list[Output]] = {}
+
+    def step(self) -> None:
+        for output in self.engine.step().outputs:
+            mine = self.outputs.setdefault(output.request_id, [])
+            assert not mine or mine[-1].finish is None, "nothing follows the last output"
+            mine.append(output)
+
+    def run(self) -> None:
+        for _ in range(500):
+            if self.engine.idle:
+                return
+            self.step()
+        raise AssertionError("the engine never became idle")
+
+    def tokens(self, name: str) -> list[int]:
+        return [token for output in self.outputs[name] for token in output.tokens]
+
+    def finish(self, name: str) -> FinishReason | None:
+        return self.outputs[name][-1].finish
+
+    def error(self, name: str) -> Exception | None:
+        return self.outputs[name][-1].error
+
+
+@pytest.fixture
+def heard(engine):
+    return Heard(engine)
+
+
+class TestTokens:
+    @pytest.mark.parametrize("k", [0, 3, 6])
+    def test_a_continuous_batch_yields_what_transformers_does_one_by_one(self, oracle, k):
+        """Requests join at different steps, prompts go in chunks, and more wait than fit."""
+        requests = [
+            request(str(number), length, tokens, text=number, ignore_eos=True)
+            for number, (length, tokens) in enumerate(
+                [(5, 20), (60, 12), (1, 9), (33, 1), (24, 15), (90, 10), (16, 16)]
+            )
+        ]
+        with running_engine(k) as engine:
+            heard = Heard(engine)
+            for asked in requests:
+                engine.submit(asked)
+                heard.step()
+                heard.step()
+            heard.run()
+            for asked in requests:
+                assert heard.tokens(asked.id) == oracle(asked)
+                assert heard.finish(asked.id) is FinishReason.LENGTH
+            assert engine.executor.blocks.free_blocks == BLOCKS
+            stats = engine.stats()
+            assert stats.streamed_units == pytest.approx(stats.iterations * k, abs=k)
+
+    def test_the_first_output_is_the_verdict_then_come_tokens_one_by_one(self, engine, heard):
+        engine.submit(request("a", tokens=3, ignore_eos=True))
+        heard.run()
+        assert [len(output.tokens) for output in heard.outputs["a"]] == [0, 1, 1, 1]
+        assert heard.outputs["a"][0] == Output("a")
+
+    def test_a_seed_gives_the_same_tokens_in_other_company(self, engine, heard):
+        drawn = {"temperature": 1.0, "seed": 7, "ignore_eos": True}
+        engine.submit(request("alone", **drawn))
+        heard.run()
+        engine.submit(request("neighbour", 30, text=4))
+        engine.submit(request("together", **drawn))
+        engine.submit(request("other", **{**drawn, "seed": 8}))
+        heard.run()
+        assert heard.tokens("alone") == heard.tokens("together") != heard.tokens("other")
+
+    def test_logprobs_come_with_the_tokens_of_those_who_asked(self, engine, heard):
+        engine.submit(request("with", logprobs=2, ignore_eos=True))
+        engine.submit(request("without", ignore_eos=True))
+        heard.run()
+        assert heard.tokens("with") == heard.tokens("without")
+        for output in heard.outputs["with"][1:]:
+            (logprob,) = output.logprobs
+            assert logprob.top[0] == (output.tokens[0], logprob.logprob)
+            assert len(logprob.top) == 2
+        assert all(not output.logprobs for output in heard.outputs["without"])
+
+
+class TestEnds:
+    def test_an_end_of_sequence_token_ends_the_text_and_is_not_part_of_it(self, oracle):
+        asked = request("a", tokens=12)
+        expected = oracle(asked)
+        stop = expected[5]
+        with running_engine(eos=(EOS_TOKEN_ID, stop)) as engine:
+            heard = Heard(engine)
+            engine.submit(asked)
+            engine.submit(Request("b", asked.prompt, SamplingParams(12, ignore_eos=True)))
+            heard.run()
+            assert heard.tokens("a") == expected[: expected.index(stop)]
+            assert heard.finish("a") is FinishReason.STOP
+            assert heard.tokens("b") == expected
+            assert heard.finish("b") is FinishReason.LENGTH
+            assert engine.executor.blocks.free_blocks == BLOCKS
+
+    def test_a_stop_token_ends_only_the_request_that_named_it(self, engine, heard, oracle):
+        plain = request("plain", tokens=12, ignore_eos=True)
+        expected = oracle(plain)
+        engine.submit(plain)
+        engine.submit(request("stops", tokens=12, stop_token_ids=(expected[4],), ignore_eos=True))
+        heard.run()
+        assert heard.tokens("plain") == expected
+        assert heard.tokens("stops") == expected[: expected.index(expected[4])]
+        assert heard.finish("stops") is FinishReason.STOP
+
+    def test_a_cancelled_request_frees_its_blocks_at_once_and_says_so(self, engine, heard):
+        engine.submit(request("a", tokens=100, ignore_eos=True))
+        engine.submit(request("b", tokens=10, ignore_eos=True))
+        for _ in range(4):
+            heard.step()
+        held = engine.executor.blocks.free_blocks
+        engine.cancel("a")
+        assert engine.executor.blocks.free_blocks == held + 7
+        heard.run()
+        assert heard.finish("a") is FinishReason.CANCELLED
+        assert len(heard.tokens("b")) == 10
+
+    def test_a_request_may_be_cancelled_before_it_ran(self, engine, heard):
+        engine.submit(request("a"))
+        engine.cancel("a")
+        heard.run()
+        assert [output.finish for output in heard.outputs["a"]] == [None, FinishReason.CANCELLED]
+
+    def test_cancelling_nobody_is_no_event(self, engine, heard):
+        engine.cancel("nobody")
+        heard.run()
+        assert heard.outputs == {}
+
+    def test_aborting_ends_everyone_running_and_waiting_with_the_error(self, engine, heard):
+        for number in range(6):
+            engine.submit(request(str(number), tokens=50, ignore_eos=True))
+        heard.step()
+        assert engine.stats().waiting > 0
+        error = EngineError("closing time")
+        engine.abort(error)
+        heard.run()
+        assert {name: heard.error(name) for name in heard.outputs} == {
+            str(number): error for number in range(6)
+        }
+
+
+class TestRefusals:
+    def test_a_request_that_can_never_fit_is_told_the_limit(self, engine, heard):
+        engine.submit(request("a", length=200, tokens=57))
+        heard.run()
+        assert isinstance(heard.error("a"), ContextLengthError)
+        assert "is 257; this model serves at most 256 tokens" in str(heard.error("a"))
+
+    def test_a_full_queue_turns_the_next_one_away_and_keeps_the_others(self, engine, heard):
+        for number in range(9):
+            engine.submit(request(str(number), tokens=2, ignore_eos=True))
+        heard.run()
+        assert isinstance(heard.error("8"), OverloadedError)
+        assert heard.error("8").retry_after_s >= 1
+        assert all(heard.finish(str(number)) is FinishReason.LENGTH for number in range(8))
+
+    def test_an_id_in_use_is_refused_and_its_owner_runs_on(self, engine, heard):
+        engine.submit(request("a", tokens=4, ignore_eos=True))
+        heard.step()
+        engine.submit(request("a", tokens=4, ignore_eos=True))
+        refusal, token = engine.step().outputs
+        assert isinstance(refusal.error, RequestError)
+        assert len(token.tokens) == 1
+        heard.run()
+        assert len(heard.tokens("a")) == 3
+        assert heard.finish("a") is FinishReason.LENGTH
+
+    def test_a_request_the_sampler_refuses_leaves_nothing_behind(self, engine, heard, monkeypatch):
+        def refuse(asked: Request) -> None:
+            raise RequestError(f"no sampling for {asked.id}", field="prompt")
+
+        monkeypatch.setattr(engine._sampler, "add", refuse)
+        engine.submit(request("a"))
+        assert engine.scheduler.idle
+        heard.run()
+        assert heard.finish("a") is FinishReason.ERROR
+
+
+class TestFailures:
+    def test_a_forward_that_fails_on_one_request_ends_only_that_one(
+        self, engine, heard, oracle, monkeypatch
+    ):
+        bad = request("bad", 30, 20, text=5)
+        good = [request(str(n), 10 + n, 12, text=n, ignore_eos=True) for n in range(3)]
+        step = engine.executor.step
+
+        def fails_late(rows):
+            if any(row.context > 32 and bad_block in row.blocks for row in rows):
+                raise RuntimeError("a kernel did not like this row")
+            return step(rows)
+
+        for asked in [good[0], bad, *good[1:]]:
+            engine.submit(asked)
+        heard.step()
+        bad_block = engine.executor.blocks.table("bad")[0]
+        monkeypatch.setattr(engine.executor, "step", fails_late)
+        heard.run()
+        assert isinstance(heard.error("bad"), EngineError)
+        assert str(heard.error("bad")) == "the forward failed: a kernel did not like this row"
+        assert 0 < len(heard.tokens("bad")) < 20
+        for asked in good:
+            assert heard.tokens(asked.id) == oracle(asked)
+
+    def test_nan_logits_of_one_request_end_only_that_one(self, engine, heard, oracle, monkeypatch):
+        bad = request("bad", 20, 20, text=5)
+        good = [request(str(n), 10 + n, 12, text=n, ignore_eos=True) for n in range(3)]
+        step = engine.executor.step
+
+        def poisoned(rows):
+            logits = step(rows).clone()
+            wanted = [row for row in rows if row.logits]
+            for index, row in enumerate(wanted):
+                if row.context > 22 and bad_block in row.blocks:
+                    logits[index] = float("nan")
+            return logits
+
+        for asked in [good[0], bad, *good[1:]]:
+            engine.submit(asked)
+        heard.step()
+        bad_block = engine.executor.blocks.table("bad")[0]
+        monkeypatch.setattr(engine.executor, "step", poisoned)
+        heard.run()
+        assert isinstance(heard.error("bad"), EngineError)
+        for asked in good:
+            assert heard.tokens(asked.id) == oracle(asked)
+
+    def test_one_failure_is_not_the_end_of_the_engine(self, engine, heard, oracle, monkeypatch):
+        def fails(_rows):
+            raise RuntimeError("once")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.executor, "step", fails)
+            engine.submit(request("a"))
+            heard.run()
+        after = request("b", ignore_eos=True)
+        engine.submit(after)
+        heard.run()
+        assert heard.finish("a") is FinishReason.ERROR
+        assert heard.tokens("b") == oracle(after)
+
+
+class TestStats:
+    def test_they_count_what_is_there(self, engine, heard):
+        idle = engine.stats()
+        assert (idle.k, idle.interval) == (3, 2.0)
+        assert idle.kv_free_tokens == idle.kv_tokens == BLOCKS * BLOCK_TOKENS
+        assert idle.ttft_headroom is idle.tpot_headroom is None
+        for number in range(5):
+            engine.submit(request(str(number), ignore_eos=True))
+        heard.step()
+        busy = engine.stats()
+        assert (busy.running, busy.waiting) == (4, 1)
+        assert busy.kv_free_tokens == idle.kv_tokens - 4 * 2 * BLOCK_TOKENS
+        heard.run()
+        done = engine.stats()
+        assert (done.running, done.waiting) == (0, 0)
+        assert done.iterations > 8
+        assert done.link_bytes >= done.streamed_units * engine.executor.memory.slot_bytes > 0
+        assert done.ttft_headroom == done.tpot_headroom == 1.0

@@ -1,0 +1,134 @@
+"""The latency model: seconds of a step from its shape, and what fits into a budget."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from select_n_core.decisions.law import iteration_s
+from select_n_core.decisions.latency import (
+    ComputeModel,
+    LatencyModel,
+    StepShape,
+    chunk_pairs,
+)
+from select_n_core.errors import InputError
+
+MS = 1e-3
+
+
+def compute(**changes) -> ComputeModel:
+    facts = {
+        "token_grid": ((1, 1.0 * MS), (8, 1.4 * MS), (64, 2.8 * MS), (256, 9.2 * MS)),
+        "per_context_token_s": 2e-7,
+        "per_pair_s": 1e-8,
+        "outside_s": 3 * MS,
+        "outside_per_row_s": 0.5 * MS,
+    }
+    return ComputeModel(**{**facts, **changes})
+
+
+def model(**changes) -> LatencyModel:
+    return LatencyModel(**{"units": 30, "transfer_s": 7 * MS, "streaming": compute(), **changes})
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_pairs_of_a_chunk_are_what_its_queries_see(context, tokens):
+    assert chunk_pairs(context, tokens) == sum(context + 1 + i for i in range(tokens))
+
+
+def test_a_prompt_in_chunks_has_the_pairs_of_the_prompt_at_once():
+    step = StepShape().with_chunk(0, 40).with_chunk(40, 60)
+    assert (step.tokens, step.prefill_pairs) == (100, chunk_pairs(0, 100))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "unit_ms"),
+    [(0, 1.0), (1, 1.0), (8, 1.4), (36, 2.1), (64, 2.8), (256, 9.2), (448, 15.6)],
+)
+def test_time_by_tokens_is_linear_between_measured_points_and_beyond_the_last(tokens, unit_ms):
+    flat = compute(per_context_token_s=0.0, per_pair_s=0.0)
+    assert flat.unit_s(StepShape(prefill_tokens=tokens)) == pytest.approx(unit_ms * MS)
+
+
+def test_one_measured_point_is_a_constant():
+    assert compute(token_grid=((4, MS),)).unit_s(StepShape(prefill_tokens=999)) == MS
+
+
+@given(st.integers(0, 600), st.integers(0, 600))
+def test_more_tokens_never_compute_faster(fewer, more):
+    fewer, more = sorted((fewer, more))
+    assert compute().unit_s(StepShape().with_chunk(0, fewer)) <= compute().unit_s(
+        StepShape().with_chunk(0, more)
+    )
+
+
+def test_attention_and_rows_are_charged_where_they_fall():
+    step = StepShape(decode_rows=4, context_tokens=400).with_chunk(10, 4)
+    assert compute().unit_s(step) == pytest.approx(1.4 * MS + 400 * 2e-7 + 50 * 1e-8)
+    assert compute().outside(4) == pytest.approx(5 * MS)
+
+
+@pytest.mark.parametrize("grid", [(), ((2, 1.0), (1, 2.0)), ((1, 2.0), (2, 1.0)), ((1, 1), (1, 2))])
+def test_a_grid_that_does_not_ascend_is_refused(grid):
+    with pytest.raises(InputError, match="token_grid must ascend"):
+        compute(token_grid=grid)
+
+
+def test_a_step_takes_what_the_law_says_of_its_compute():
+    step = StepShape(decode_rows=8, context_tokens=800)
+    expected_s = iteration_s(30, 12, 2, 1.56 * MS, 7 * MS, 7 * MS)
+    assert model().iteration_s(step, 12, 2) == pytest.approx(expected_s)
+
+
+def test_a_prompt_step_draws_one_row():
+    step = StepShape().with_chunk(0, 64)
+    assert model().iteration_s(step, 0, 2) == model().iteration_s(step, 0, 2, rows=1)
+    assert model().iteration_s(step, 0, 2, rows=3) == pytest.approx(
+        model().iteration_s(step, 0, 2) + 1 * MS
+    )
+
+
+def test_resident_compute_counts_at_k_0_and_streaming_compute_above():
+    both = model(resident=compute(outside_s=30 * MS))
+    assert both.iteration_s(StepShape(1), 0, 2) > both.iteration_s(StepShape(1), 1, 2)
+
+
+def test_a_model_never_measured_resident_is_taken_to_compute_as_it_streams():
+    one = model()
+    assert one.compute(0) is one.streaming
+
+
+def test_units_that_come_late_and_cold_take_longer():
+    cold = model(
+        streaming=compute(streamed_extra_s=MS, stalled_extra_s=2 * MS, stall_s=5 * MS),
+    )
+    assert cold.iteration_s(StepShape(1), 3, 2) == pytest.approx(
+        model().iteration_s(StepShape(1), 3, 2) + 3 * MS
+    )
+
+
+@given(st.integers(0, 8), st.integers(0, 30), st.floats(0, 0.5), st.integers(0, 256))
+def test_tokens_within_a_budget_are_the_most_that_keep_it(rows, k, budget_s, limit):
+    step = StepShape(decode_rows=rows, context_tokens=100 * rows)
+
+    def took_s(tokens: int) -> float:
+        return model().iteration_s(step.with_chunk(0, tokens), k, 2)
+
+    tokens = model().tokens_within(step, k, 2, budget_s, limit)
+    assert 0 <= tokens <= limit
+    assert tokens == 0 or took_s(tokens) <= budget_s
+    assert tokens == limit or took_s(tokens + 1) > budget_s
+
+
+def test_tokens_are_free_while_copies_outlast_compute_and_never_without_copies():
+    step = StepShape(decode_rows=1, context_tokens=64)
+    free = model().free_tokens(step, 20, 2, 256)
+    before_s = model().iteration_s(step, 20, 2)
+    assert 0 < free < 256
+    assert model().iteration_s(step.with_chunk(0, free), 20, 2) <= before_s * 1.001
+    assert model().iteration_s(step.with_chunk(0, free + 1), 20, 2) > before_s
+    assert model().free_tokens(step, 0, 2, 256) == 0
+
+
+def test_compute_that_hides_the_copies_leaves_no_token_free():
+    assert model(transfer_s=1e-5).free_tokens(StepShape(8, 800), 20, 2, 256) == 0

@@ -1,0 +1,216 @@
+"""The commands that plan: what they print, and what wrong input gets."""
+
+import json
+
+import pytest
+import yaml
+from tiny import save_tiny
+
+from deployments.cli.main import app
+
+LINK = "emulated:2GB/s"
+PLAN = ["--tpot", "1s", "--ttft", "10s", "--host-memory", "64MiB"]
+KEYS = {
+    "feasible",
+    "interval",
+    "k",
+    "interval_range",
+    "predicted_tpot_s",
+    "predicted_ttft_s",
+    "device_bytes",
+    "host_bytes",
+    "max_batch",
+    "kv_tokens",
+    "reason",
+    "note",
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(cache, monkeypatch):
+    monkeypatch.setenv("SELECT_N_CACHE", str(cache))
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["select-n", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            app()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("model"), max_context=1024))
+
+
+@pytest.fixture
+def record(cli, model, tmp_path):
+    path = tmp_path / "record.json"
+    code, out, _ = cli(
+        "profile", model, "-o", str(path), "--link", LINK, "--dtype", "float32", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["record"] == str(path)
+    return path
+
+
+def test_a_record_plans_as_one_json_object(cli, record, tmp_path):
+    code, out, _ = cli("plan", str(record), *PLAN, "--device-memory", "64MiB", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert set(plan) >= KEYS
+    assert (plan["interval"], plan["k"], plan["note"]) == (None, 0, "offload_not_needed")
+    assert (plan["prompt_tokens"], plan["output_tokens"]) == (128, 64)
+
+    static_and_half = _half_resident_bytes(record)
+    code, out, _ = cli("plan", str(record), *PLAN, "--device-memory", static_and_half, "--json")
+    plan = json.loads(out)
+    assert plan["feasible"]
+    assert plan["k"] > 2
+    assert plan["interval"] == pytest.approx(6 / plan["k"], abs=1e-3)
+
+    code, out, _ = cli("plan", str(record), *PLAN, "--device-memory", static_and_half)
+    assert "KV tokens" in out
+    assert "--prompt-tokens" in out
+
+    picture = tmp_path / "plan.png"
+    cli("plan", str(record), *PLAN, "--device-memory", static_and_half, "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def _half_resident_bytes(record) -> str:
+    """Device memory for the static part, two thirds of the units and a typical request."""
+    facts = json.loads(record.read_text())
+    kv_bytes = facts["kv_bytes_per_token"] * 192
+    return f"{facts['static_bytes'] + sum(facts['unit_bytes']) * 5 // 6 + kv_bytes} B"
+
+
+def test_an_impossible_plan_is_exit_code_2_with_the_reason(cli, record):
+    code, out, err = cli("plan", str(record), *PLAN, "--device-memory", "1KiB", "--json")
+    assert code == 2
+    assert json.loads(out)["reason"] == "device_too_small"
+    assert "raise device_memory" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_record_of_other_hardware_is_refused_with_the_field(cli, record, tmp_path):
+    facts = json.loads(record.read_text())
+    facts["fingerprint"]["device"] = "Another CPU"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(facts))
+    code, out, err = cli("plan", str(other), *PLAN, "--device-memory", "64MiB", "--json")
+    assert (code, out) == (2, "")
+    assert "device = 'Another CPU'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "nowhere.json", *PLAN, "--device-memory", "1GiB"], "nowhere.json"),
+        (["plan", "r", *PLAN, "--device-memory", "lots"], "lots"),
+        (["plan", "r", *PLAN, "--device-memory=-1GiB"], "above zero"),
+        (["generate", "demo:nobody", "Hi"], "smollm2-135m-instruct"),
+        (["generate", "MODEL", "Hi", "--interval", "0.5"], "interval"),
+        (["generate", "MODEL", "Hi", "--max-tokens", "-1"], "max_tokens"),
+        (["generate", "MODEL", "Hi", "--dtype", "int3"], "dtype"),
+        (["generate", "MODEL", "Hi", "--link", "usb"], "emulated:1GB/s"),
+        (["generate", "MODEL", "Hi", "--link", "cuda"], "emulated"),
+        (["check", "nowhere.yaml"], "nowhere.yaml"),
+        (["render-k8s", "nowhere.yaml", "-o", "out"], "nowhere.yaml"),
+        (["explode"], "explode"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(cli, model, arguments, said):
+    code, out, err = cli(*[model if word == "MODEL" else word for word in arguments])
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()[-1:]) == 1
+    assert err.strip().splitlines()[-1].startswith("error: ")
+    assert said in err
+
+
+def test_generate_says_what_the_streaming_did(cli, model):
+    code, out, _ = cli(
+        "generate",
+        model,
+        "the quick",
+        *("--max-tokens", "8", "--interval", "2", "--link", LINK, "--dtype", "float32"),
+        "--json",
+    )
+    result = json.loads(out)
+    assert code == 0
+    assert (result["interval"], result["k"]) == (2.0, 3)
+    assert 0 < result["tokens"] <= 8
+    assert result["streamed_units"] % 3 == 0
+    assert result["link"] == {"kind": "emulated", "bandwidth_bytes_per_s": pytest.approx(2e9, 0.2)}
+    assert set(result) >= {
+        "text",
+        "device_bytes",
+        "host_bytes",
+        "iteration_s",
+        "predicted_iteration_s",
+    }
+    resident = cli(
+        "generate",
+        model,
+        "the quick",
+        "--max-tokens",
+        "8",
+        "--interval",
+        "off",
+        "--link",
+        LINK,
+        "--dtype",
+        "float32",
+        "--json",
+    )
+    assert json.loads(resident[1])["text"] == result["text"]
+    assert json.loads(resident[1])["streamed_units"] == 0
+
+
+def test_check_prints_the_plan_that_serving_would_use(cli, model, tmp_path):
+    config = {
+        "http_options": {"port": 18999},
+        "applications": [
+            {
+                "name": "serve",
+                "import_path": "deployments.app:build_app",
+                "args": {
+                    "models": [
+                        {
+                            "name": "tiny",
+                            "source": model,
+                            "dtype": "float32",
+                            "device_memory": "64MiB",
+                            "host_memory": "64MiB",
+                            "link": {"kind": "emulated", "bandwidth": "2GB/s"},
+                            "slo": {"tpot": "1s", "ttft": "10s"},
+                            "interval": 3,
+                        }
+                    ]
+                },
+            }
+        ],
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    code, out, _ = cli("check", str(path), "--json")
+    assert code == 0
+    (plan,) = json.loads(out)["models"]
+    assert (plan["name"], plan["k"], plan["note"]) == ("tiny", 2, "forced_interval_gains_nothing")
+
+    config["applications"][0]["args"]["models"][0]["slo"]["tpot"] = "1ns"
+    config["applications"][0]["args"]["models"][0]["interval"] = "auto"
+    path.write_text(yaml.safe_dump(config))
+    code, out, err = cli("check", str(path), "--json")
+    assert (code, out) == (2, "")
+    assert "slo_below_compute" in err.splitlines()[-1]
