@@ -48,9 +48,10 @@ def run(app: Callable[..., Any]) -> None:
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
     """A progress bar on stderr that takes (what is done now, share done)."""
-    with typer.progressbar(
+    shown: Any = typer.progressbar(
         length=1000, label=label, file=sys.stderr, item_show_func=lambda what: str(what or "")
-    ) as bar:
+    )
+    with shown as bar:
 
         def report(what: str, share: float) -> None:
             bar.current_item = what
