@@ -123,9 +123,12 @@ def _summary(points: list[dict[str, Any]], unit_bytes: int) -> list[dict[str, An
 
 
 def _slope(points: list[dict[str, Any]], transfer_s: float) -> dict[str, float] | None:
-    """Slope of T over k where the copies take longer than everything at k = 0."""
-    compute_s = points[0]["measured_iteration_s"]
-    bound = [p for p in points if p["k"] * transfer_s > 1.3 * compute_s]
+    """Slope of T over k where the copies alone make the iteration: the prediction is k*t."""
+    bound = [
+        point
+        for point in points
+        if point["k"] and point["predicted_iteration_s"] < 1.01 * point["k"] * transfer_s
+    ]
     if len(bound) < 4:
         return None
     slope = np.polyfit([p["k"] for p in bound], [p["measured_iteration_s"] for p in bound], 1)[0]

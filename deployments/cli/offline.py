@@ -9,7 +9,8 @@ from typing import Any
 from deployments.cli.options import model_config
 from deployments.cli.output import progress_bar
 from select_n_core.config import DeployConfig
-from select_n_core.decisions.plan import Plan, PlanInputs, make_plan
+from select_n_core.decisions.candidate import PlanInputs
+from select_n_core.decisions.plan import Plan, make_plan
 from select_n_core.engine.planning import Prepared, plan_inputs, prepare, record_path
 from select_n_core.links.open import open_link
 from select_n_core.models.load import load_model
@@ -132,9 +133,9 @@ def plan_lines(plan: Plan, inputs: PlanInputs) -> list[str]:
         mark = "->" if plan.feasible and c.k == plan.k else "  " if c.feasible else " x"
         interval = "off" if c.interval is None else f"{c.interval:.3g}"
         lines.append(
-            f"{mark}{c.k:>3} {interval:>6} {format_seconds(c.tpot_s):>9} "
-            f"{format_seconds(c.ttft_s):>9} {format_bytes(c.host_bytes):>10} {c.kv_tokens:>9} "
-            f"{c.batch:>5} {c.requests_per_s:>7.2f}"
+            f"{mark}{c.k:>3} {interval:>6} {format_seconds(c.serving.tpot_s):>9} "
+            f"{format_seconds(c.serving.ttft_s):>9} {format_bytes(c.host_bytes):>10} "
+            f"{c.kv_tokens:>9} {c.serving.batch:>5} {c.requests_per_s:>7.2f}"
         )
     shown = "off" if plan.interval is None else f"{plan.interval:g}"
     verdict = (

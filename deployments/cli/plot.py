@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from select_n_core.decisions.plan import Plan, PlanInputs, decode_shape
+from select_n_core.decisions.candidate import PlanInputs, decode_shape
+from select_n_core.decisions.plan import Plan
 from select_n_core.errors import InputError
 
 

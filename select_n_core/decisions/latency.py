@@ -122,17 +122,20 @@ class LatencyModel:
     streaming: ComputeModel
     resident: ComputeModel | None = None
 
-    def compute(self, k: int) -> ComputeModel:
-        """The mode that runs at k."""
-        return self.resident if k == 0 and self.resident is not None else self.streaming
-
     def iteration_s(
         self, shape: StepShape, k: int, slots: int, *, rows: int | None = None
     ) -> float:
         """Seconds of one step; `rows` of logits default to one per decoding row, at least 1."""
-        compute = self.compute(k)
         count = max(1, shape.decode_rows) if rows is None else rows
-        outside_s = round(compute.outside(count) / _RESOLUTION_S) * _RESOLUTION_S
+        modes = [self.streaming]
+        if k == 0 and self.resident is not None:
+            modes.append(self.resident)  # whichever is faster may run when nothing is streamed
+        return min(self._iteration_s(compute, shape, k, slots, count) for compute in modes)
+
+    def _iteration_s(
+        self, compute: ComputeModel, shape: StepShape, k: int, slots: int, rows: int
+    ) -> float:
+        outside_s = round(compute.outside(rows) / _RESOLUTION_S) * _RESOLUTION_S
         return iteration_s(self.units, k, slots, compute.cost(shape), outside_s, self.transfer_s)
 
     def free_tokens(self, shape: StepShape, k: int, slots: int, limit: int) -> int:

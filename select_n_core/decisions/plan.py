@@ -10,14 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from select_n_core.decisions.latency import LatencyModel, StepShape, chunk_pairs
-from select_n_core.decisions.layout import ModelMemory, arena_bytes_for, device_layout
+from select_n_core.decisions.candidate import (
+    TPOT_MARGIN,
+    Candidate,
+    PlanInputs,
+    evaluate,
+    serve,
+)
 from select_n_core.decisions.order import interval_of_k
 from select_n_core.errors import InputError
 from select_n_core.quantities import format_bytes, format_seconds
-from select_n_core.slo import SLO
 
-TPOT_MARGIN = 0.05  # share of the target kept back: a measured iteration varies by a few per cent
+_WORTH = 0.05  # offloading must gain more than this over none: less is noise of the record
 _EQUAL = 1e-6  # rates that differ by less are the same rate, summed in another order
 
 
@@ -40,66 +44,6 @@ class Note(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class PlanInputs:
-    """Everything the planner looks at.
-
-    Attributes:
-        prompt_tokens, output_tokens: of the typical request.
-        rate_per_s: requests per second expected; None asks for the most the replica can do.
-        max_batch: running requests at most. max_step_tokens: tokens per step at most (B_max).
-        max_context: positions the model was made for.
-        forced_k: a user's fixed interval; None lets the planner choose.
-    """
-
-    memory: ModelMemory
-    latency: LatencyModel
-    slo: SLO
-    device_bytes: int
-    host_bytes: int
-    slots: int = 2
-    max_batch: int = 16
-    max_step_tokens: int = 256
-    max_context: int = 1 << 30
-    prompt_tokens: int = 128
-    output_tokens: int = 64
-    rate_per_s: float | None = None
-    forced_k: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One k and what it gives.
-
-    Attributes:
-        batch: the running requests that maximise goodput within the SLO; 0 when none holds it.
-        iteration_s: of a decode step of that batch at mid-output.
-        tpot_s: mean per token at that batch, prompt work of newcomers included.
-        ttft_s: of a typical prompt joining the others, no queue.
-        requests_per_s: goodput of that batch.
-    """
-
-    k: int
-    interval: float | None
-    device_bytes: int
-    host_bytes: int
-    kv_tokens: int
-    batch: int
-    iteration_s: float
-    tpot_s: float
-    ttft_s: float
-    requests_per_s: float
-    fits_device: bool
-    fits_host: bool
-    meets_tpot: bool
-    meets_ttft: bool
-
-    @property
-    def feasible(self) -> bool:
-        """Whether every limit holds with at least one running request."""
-        return self.fits_device and self.fits_host and self.meets_tpot and self.meets_ttft
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """The planner's answer.
 
@@ -108,6 +52,9 @@ class Plan:
         interval_range: (N from the SLO and host memory, N from device memory); an end is None
             where nothing needs streaming. None when a bound does not exist at all.
         reason: the word for why it is infeasible. message: the same in a sentence with the mend.
+        max_batch: typical requests at a time, by SLO and KV; 0 when infeasible. The predictions
+            are for as many.
+        max_running: requests at a time within the SLO, were there KV for all of them.
         candidates: every k from 0 to L, for tables and plots.
     """
 
@@ -121,6 +68,7 @@ class Plan:
     device_bytes: int
     host_bytes: int
     max_batch: int
+    max_running: int
     kv_tokens: int
     slots: int
     reason: Reason | None
@@ -132,7 +80,7 @@ class Plan:
 def make_plan(inputs: PlanInputs) -> Plan:
     """Choose k: the fewest streamed units among those with the most goodput within the SLO."""
     _check(inputs)
-    candidates = tuple(_candidate(inputs, k) for k in range(inputs.memory.units + 1))
+    candidates = tuple(evaluate(inputs, k) for k in range(inputs.memory.units + 1))
     if inputs.forced_k is not None:
         return _forced(inputs, candidates)
     # 0 < k <= d frees nothing: the ring takes what the homes gave.
@@ -141,7 +89,9 @@ def make_plan(inputs: PlanInputs) -> Plan:
         return _infeasible(inputs, candidates)
     wanted = inputs.rate_per_s if inputs.rate_per_s is not None else float("inf")
     enough = min(wanted, max(c.requests_per_s for c in useful)) * (1 - _EQUAL)
-    best = next(c for c in useful if c.requests_per_s >= enough)
+    best = next(
+        c for c in useful if c.requests_per_s >= (enough * (1 - _WORTH) if c.k == 0 else enough)
+    )
     note = Note.OFFLOAD_NOT_NEEDED if best.k == 0 else None
     message = (
         "everything fits on the device: nothing is streamed"
@@ -154,92 +104,6 @@ def make_plan(inputs: PlanInputs) -> Plan:
 def capacity_tokens(plan: Plan, inputs: PlanInputs) -> int:
     """The most prompt plus output tokens that one request may have under `plan`."""
     return min(inputs.max_context, plan.kv_tokens)
-
-
-def decode_shape(rows: int, prompt_tokens: int, output_tokens: int) -> StepShape:
-    """A decode step of `rows` typical requests at mid-output."""
-    return StepShape(decode_rows=rows, context_tokens=rows * (prompt_tokens + output_tokens // 2))
-
-
-def _candidate(inputs: PlanInputs, k: int) -> Candidate:
-    memory = inputs.memory
-    layout = device_layout(memory, inputs.device_bytes, k, inputs.slots)
-    request_blocks = memory.blocks_of(inputs.prompt_tokens + inputs.output_tokens)
-    blocks = layout.kv_blocks if layout is not None else 0
-    host_bytes = memory.mirrored_bytes(k)
-    most = min(inputs.max_batch, blocks // request_blocks)
-    # With too little memory for one request, the times are still worth showing.
-    choices = [_serving(inputs, k, batch) for batch in _batches(max(1, most))]
-    in_time = [c for c in choices if _meets_tpot(inputs, c) and _meets_ttft(inputs, c)]
-    batch, iteration_s, tpot_s, ttft_s, rate = max(
-        in_time or choices[:1], key=lambda choice: choice[4]
-    )
-    return Candidate(
-        k=k,
-        interval=interval_of_k(k, memory.units),
-        device_bytes=arena_bytes_for(memory, k, inputs.slots, request_blocks),
-        host_bytes=host_bytes,
-        kv_tokens=blocks * memory.block_tokens,
-        batch=batch if in_time and most else 0,
-        iteration_s=iteration_s,
-        tpot_s=tpot_s,
-        ttft_s=ttft_s,
-        requests_per_s=rate if in_time and most else 0.0,
-        fits_device=layout is not None and most >= 1,
-        fits_host=host_bytes <= inputs.host_bytes,
-        meets_tpot=any(_meets_tpot(inputs, choice) for choice in choices),
-        meets_ttft=any(_meets_ttft(inputs, choice) for choice in choices),
-    )
-
-
-def _batches(most: int) -> list[int]:
-    """Batch sizes to look at: every power of two, one between each two, and the most."""
-    steps = {size for power in range(most.bit_length()) for size in (1 << power, 3 << power >> 1)}
-    return sorted({size for size in steps if size <= most} | {most})
-
-
-_Serving = tuple[int, float, float, float, float]  # batch, iteration, tpot, ttft, requests/s
-
-
-def _serving(inputs: PlanInputs, k: int, batch: int) -> _Serving:
-    """Steady state with `batch` typical requests running: each leaves and is replaced in turn."""
-    model, slots = inputs.latency, inputs.slots
-    prompt, output = inputs.prompt_tokens, inputs.output_tokens
-    decode = decode_shape(batch, prompt, output)
-    decode_s = model.iteration_s(decode, k, slots)
-    # `batch` prompts arrive per `output` iterations; the extra time is spread over all tokens.
-    chunk_s, chunks = _prefill(inputs, decode_shape(batch - 1, prompt, output), k)
-    tpot_s = decode_s
-    if batch > 1:
-        extra_s = max(0.0, chunk_s - decode_s * chunks)
-        tpot_s += (batch - 1) * extra_s / output
-    ttft_s = decode_s + chunk_s if batch > 1 else chunk_s
-    rate = batch / (chunk_s + (output - 1) * tpot_s)
-    return batch, decode_s, tpot_s, ttft_s, rate
-
-
-def _prefill(inputs: PlanInputs, beside: StepShape, k: int) -> tuple[float, int]:
-    """Seconds and steps to compute a typical prompt beside the running rows."""
-    room = inputs.max_step_tokens - beside.decode_rows
-    left, context, total_s, steps = inputs.prompt_tokens, 0, 0.0, 0
-    while left:
-        tokens = min(left, room)
-        shape = replace(
-            beside,
-            prefill_tokens=tokens,
-            prefill_pairs=chunk_pairs(context, tokens),
-        )
-        total_s += inputs.latency.iteration_s(shape, k, inputs.slots)
-        left, context, steps = left - tokens, context + tokens, steps + 1
-    return total_s, steps
-
-
-def _meets_tpot(inputs: PlanInputs, serving: _Serving) -> bool:
-    return serving[2] <= inputs.slo.tpot_s * (1 - TPOT_MARGIN)
-
-
-def _meets_ttft(inputs: PlanInputs, serving: _Serving) -> bool:
-    return serving[3] <= inputs.slo.ttft_s
 
 
 def _range(candidates: tuple[Candidate, ...]) -> tuple[int | None, int | None]:
@@ -270,12 +134,13 @@ def _plan(
         k=chosen.k,
         interval=chosen.interval,
         interval_range=bounds,
-        predicted_iteration_s=chosen.iteration_s,
-        predicted_tpot_s=chosen.tpot_s,
-        predicted_ttft_s=chosen.ttft_s,
+        predicted_iteration_s=chosen.serving.iteration_s,
+        predicted_tpot_s=chosen.serving.tpot_s,
+        predicted_ttft_s=chosen.serving.ttft_s,
         device_bytes=inputs.device_bytes,
         host_bytes=chosen.host_bytes,
-        max_batch=chosen.batch,
+        max_batch=chosen.serving.batch if reason is None else 0,
+        max_running=chosen.max_running,
         kv_tokens=chosen.kv_tokens,
         slots=inputs.slots,
         reason=reason,
@@ -316,29 +181,27 @@ def _forced(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
         note = Note.FORCED_INTERVAL_MISSES_SLO
         message = (
             f"interval {_shown(chosen.interval)} is predicted to take "
-            f"{format_seconds(chosen.tpot_s)} per token and {format_seconds(chosen.ttft_s)} to "
-            f"the first, above the targets"
+            f"{format_seconds(chosen.serving.tpot_s)} per token and "
+            f"{format_seconds(chosen.serving.ttft_s)} to the first, above the targets"
         )
     else:
         note = Note.FORCED_INTERVAL
         message = f"interval {_shown(chosen.interval)} as asked"
-    memory = inputs.memory
-    request_blocks = memory.blocks_of(inputs.prompt_tokens + inputs.output_tokens)
-    batch = min(inputs.max_batch, chosen.kv_tokens // memory.block_tokens // request_blocks)
-    return _plan(
-        inputs,
-        candidates,
-        replace(chosen, batch=chosen.batch or batch),
-        note=note,
-        message=message,
-    )
+    # A user who forces N past the SLO decided against it: memory alone limits the batch.
+    if not chosen.max_running:
+        memory = inputs.memory
+        request = memory.blocks_of(inputs.prompt_tokens + inputs.output_tokens)
+        batch = min(inputs.max_batch, chosen.kv_tokens // memory.block_tokens // request)
+        serving = serve(inputs, chosen.k, batch)
+        chosen = replace(chosen, serving=serving, max_running=inputs.max_batch)
+    return _plan(inputs, candidates, chosen, note=note, message=message)
 
 
 def _infeasible(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
     upper, lower = _range(candidates)
     memory, slo = inputs.memory, inputs.slo
     smallest = min(candidates, key=lambda c: c.device_bytes)
-    fastest = min(candidates, key=lambda c: c.tpot_s)
+    fastest = min(candidates, key=lambda c: c.serving.tpot_s)
     if lower is None:
         reason, shown = Reason.DEVICE_TOO_SMALL, smallest
         message = (
@@ -372,17 +235,17 @@ def _infeasible(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
             f"{format_bytes(needed.device_bytes, up=True)} of device_memory, or "
             f"{_targets(shown)}"
         )
-    return _plan(inputs, candidates, replace(shown, batch=0), reason=reason, message=message)
+    return _plan(inputs, candidates, shown, reason=reason, message=message)
 
 
 def _targets(candidate: Candidate) -> str:
     """The targets that this candidate would keep, as far as it misses those given."""
     targets = []
     if not candidate.meets_tpot:
-        tpot_s = candidate.tpot_s / (1 - TPOT_MARGIN)
+        tpot_s = candidate.serving.tpot_s / (1 - TPOT_MARGIN)
         targets.append(f"a tpot of {format_seconds(tpot_s, up=True)}")
     if not candidate.meets_ttft:
-        targets.append(f"a ttft of {format_seconds(candidate.ttft_s, up=True)}")
+        targets.append(f"a ttft of {format_seconds(candidate.serving.ttft_s, up=True)}")
     return " and ".join(targets)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from select_n_core.config import ModelConfig
-from select_n_core.decisions.plan import capacity_tokens, decode_shape
+from select_n_core.decisions.candidate import decode_shape
+from select_n_core.decisions.plan import capacity_tokens
 from select_n_core.engine.engine import Engine
 from select_n_core.engine.messages import EngineInfo
 from select_n_core.engine.planning import Prepared, prepare
@@ -55,6 +56,7 @@ def build_engine(
             k=plan.k,
             slots=plan.slots,
             block_tokens=config.block_tokens,
+            threads=_threads(prepared),
         )
         executor = Executor(model, placement, link, device)
         model.release_source()
@@ -63,7 +65,7 @@ def build_engine(
         raise
     scheduler = Scheduler(
         limits=Limits(
-            max_batch=config.max_batch,
+            max_batch=plan.max_running,
             max_step_tokens=config.max_step_tokens,
             max_queue=config.max_queue,
             max_tokens=capacity_tokens(plan, prepared.inputs),
@@ -92,6 +94,13 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
     return ()
 
 
+def _threads(prepared: Prepared) -> int:
+    """The torch threads that the record measured for what the plan runs."""
+    record = prepared.record
+    mode = record.streaming if prepared.plan.k or record.resident is None else record.resident
+    return mode.threads
+
+
 def _info(prepared: Prepared, executor: Executor, eos: tuple[int, ...]) -> EngineInfo:
     plan, inputs = prepared.plan, prepared.inputs
     one = decode_shape(1, inputs.prompt_tokens, inputs.output_tokens)
@@ -100,7 +109,7 @@ def _info(prepared: Prepared, executor: Executor, eos: tuple[int, ...]) -> Engin
         units=executor.memory.units,
         k=plan.k,
         interval=plan.interval,
-        max_batch=prepared.config.max_batch,
+        max_batch=plan.max_running,
         max_tokens=capacity_tokens(plan, inputs),
         device_bytes=executor.arena.nbytes,
         host_bytes=executor.host_bytes,

@@ -120,8 +120,9 @@ class _ConnectedClient:
             del self._queues[request.id]
             if not self._queues:
                 self._quiet.set()
-            if not finished and self._dead is None:
-                self._send(Commands(cancel=(request.id,)))
+            if not finished:
+                with contextlib.suppress(EngineError):  # gone: there is nothing left to cancel
+                    self._send(Commands(cancel=(request.id,)))
 
     def stats(self) -> EngineStats:
         """See `EngineClient.stats`."""
@@ -165,12 +166,10 @@ class _ConnectedClient:
     def _read(self, connection: Connection) -> None:
         assert self._loop is not None
         try:
-            while True:
-                message = connection.recv()
-                self._loop.call_soon_threadsafe(self._hear, message)
-        except (EOFError, OSError):
-            pass
-        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    message = connection.recv()
+                    self._loop.call_soon_threadsafe(self._hear, message)
             self._loop.call_soon_threadsafe(self._lose)
         except RuntimeError:
             _log.debug("the event loop closed before the engine did")
@@ -187,10 +186,12 @@ class _ConnectedClient:
                     if (queue := self._queues.get(output.request_id)) is not None:
                         queue.put_nowait(output)
             case Started():
-                self._started.set_result(message.info)
+                if not self._started.done():  # a start that was given up is cancelled
+                    self._started.set_result(message.info)
             case Failed():
                 self._dead = EngineError(f"the engine did not start: {message.error}")
-                self._started.set_exception(message.error)
+                if not self._started.done():
+                    self._started.set_exception(message.error)
             case Progressed():
                 _log.info(
                     "profiling %s: %s (%.0f%%)",

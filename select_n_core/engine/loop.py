@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -9,7 +10,9 @@ from select_n_core.config import ModelConfig
 from select_n_core.engine.build import build_engine
 from select_n_core.engine.engine import Engine
 from select_n_core.engine.messages import Commands, EngineInfo
-from select_n_core.errors import EngineError
+from select_n_core.errors import EngineError, SelectNError
+
+_log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0  # an idle engine reports this often, so that its statistics age
 
@@ -39,17 +42,28 @@ class Failed:
 def run_engine(config: ModelConfig, connection: Connection) -> None:
     """Build the engine and serve `connection` until it is told to stop or the other end is gone."""
     try:
+        _run(config, connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the client is gone; nobody is left to answer
+
+
+def _run(config: ModelConfig, connection: Connection) -> None:
+    try:
         engine, info = build_engine(
             config, lambda what, share: connection.send(Progressed(what, share))
         )
-    except Exception as error:
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except SelectNError as error:
         connection.send(Failed(error))
         return
-    connection.send(Started(info))
+    except Exception as error:  # of a library: it may not survive the way to another process
+        _log.error("the engine of model %s did not start", config.name, exc_info=error)
+        connection.send(Failed(EngineError(f"{type(error).__name__}: {error}")))
+        return
     try:
+        connection.send(Started(info))
         _serve(engine, connection)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the client is gone; nobody is left to answer
     finally:
         engine.executor.close()
         engine.executor.link.close()

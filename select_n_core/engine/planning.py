@@ -10,8 +10,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from select_n_core.config import ModelConfig
+from select_n_core.decisions.candidate import PlanInputs
 from select_n_core.decisions.order import k_of_interval
-from select_n_core.decisions.plan import Plan, PlanInputs, make_plan
+from select_n_core.decisions.plan import Plan, make_plan
 from select_n_core.errors import InfeasibleError, InputError
 from select_n_core.models.cache import cache_directory
 from select_n_core.models.load import LoadedModel, load_model

@@ -203,11 +203,15 @@ def _mode(
     """Measure one thread mode; `transfer_s` given means streaming, None means resident."""
     units = len(model.units)
     blocks = max(shape.blocks() for shape in shapes)
-    if transfer_s is None:
-        with _placed(model, link, device, 0, _SLOTS, blocks) as runner:
-            samples = _sweep(runner, shapes, effort, stage)
-        return fit_mode(samples, None, compute_threads(0))
     probe = _Shape(((effort.contexts[0], 1),) * effort.batches[len(effort.batches) // 2])
+    if transfer_s is None:
+        threads = min(
+            {1, compute_threads(0)},
+            key=lambda count: _resident_pass_s(model, link, device, probe, effort, count),
+        )
+        with _placed(model, link, device, 0, _SLOTS, blocks, threads) as runner:
+            samples = _sweep(runner, shapes, effort, stage)
+        return fit_mode(samples, None, threads)
     # Few enough streamed units that copies never stall the shapes: their compute is measured clean.
     with _placed(model, link, device, 1, 1, blocks) as runner:
         pass_s = statistics.median(runner.passes(probe, effort.repeats).walls_s)
@@ -224,6 +228,19 @@ def _mode(
         stall_s=max(1e-6, stalled.wait_s),
     )
     return fit_mode(samples, cold, compute_threads(1))
+
+
+def _resident_pass_s(
+    model: LoadedModel,
+    link: Link,
+    device: torch.device,
+    shape: _Shape,
+    effort: Effort,
+    threads: int,
+) -> float:
+    """All cores are not always faster: layers of a small model are over before they share work."""
+    with _placed(model, link, device, 0, _SLOTS, shape.blocks(), threads) as runner:
+        return statistics.median(runner.passes(shape, effort.repeats).walls_s)
 
 
 def _sweep(
@@ -315,7 +332,13 @@ class _Runner:
 
 
 def _placed(
-    model: LoadedModel, link: Link, device: torch.device, k: int, slots: int, blocks: int
+    model: LoadedModel,
+    link: Link,
+    device: torch.device,
+    k: int,
+    slots: int,
+    blocks: int,
+    threads: int | None = None,
 ) -> _Runner:
     memory = model_memory(model, _BLOCK_TOKENS)
     placement = Placement(
@@ -323,5 +346,6 @@ def _placed(
         k=k,
         slots=slots,
         block_tokens=_BLOCK_TOKENS,
+        threads=threads,
     )
     return _Runner(Executor(model, placement, link, device))

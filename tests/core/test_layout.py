@@ -33,15 +33,13 @@ def regions(memory, layout):
     """(start, end) of everything that has a place."""
     found = [(0, memory.static_bytes)]
     found += [(at, at + memory.unit_bytes[unit]) for unit, at in layout.homes.items()]
-    found.append(
-        (layout.kv_offset, layout.kv_offset + layout.kv_blocks * memory.kv_block_bytes)
-    )
+    found.append((layout.kv_offset, layout.kv_offset + layout.kv_blocks * memory.kv_block_bytes))
     return found + [(at, at + memory.slot_bytes) for at in layout.slots]
 
 
 @given(placements())
 def test_regions_are_aligned_inside_the_arena_and_apart(placement):
-    memory, arena_bytes, k, slots = placement
+    memory, arena_bytes, _, _ = placement
     layout = device_layout(*placement)
     ordered = sorted(regions(memory, layout))
     assert all(start % 256 == 0 for start, _ in ordered)

@@ -86,7 +86,7 @@ def test_streaming_nothing_has_no_interval():
 
 @pytest.mark.parametrize("interval", [0.99, 0, -2, math.nan])
 def test_an_interval_below_one_is_refused_with_the_way_to_stream_nothing(interval):
-    with pytest.raises(InputError, match="interval must be 1 or more.*'off'") as caught:
+    with pytest.raises(InputError, match=r"interval must be 1 or more.*'off'") as caught:
         k_of_interval(interval, 30)
     assert caught.value.field == "interval"
 

@@ -7,12 +7,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from select_n_core.decisions.candidate import TPOT_MARGIN, PlanInputs
 from select_n_core.decisions.latency import ComputeModel, LatencyModel, StepShape
 from select_n_core.decisions.layout import ModelMemory, arena_bytes_for
 from select_n_core.decisions.plan import (
-    TPOT_MARGIN,
     Note,
-    PlanInputs,
     Reason,
     capacity_tokens,
     make_plan,
@@ -306,6 +305,24 @@ def test_more_memory_never_hurts(inputs, more):
     assert not plan.feasible or richer.feasible
     fits = [c.k for c in plan.candidates if c.fits_device]
     assert set(fits) <= {c.k for c in richer.candidates if c.fits_device}
+
+
+@planning
+@given(situations())
+def test_of_equal_goodput_the_fewest_units_are_streamed(inputs):
+    plan = make_plan(inputs)
+    assume(plan.feasible)
+    wanted = inputs.rate_per_s or float("inf")
+    chosen = min(plan.candidates[plan.k].requests_per_s, wanted)
+    fewer = [c for c in plan.candidates[: plan.k] if c.feasible and not 0 < c.k <= inputs.slots]
+    assert all(c.requests_per_s < chosen * (1 - (0.04 if c.k == 0 else 1e-7)) for c in fewer)
+
+
+def test_a_record_that_finds_resident_slower_does_not_start_streaming():
+    """Nothing streamed may run in either thread mode, so noise cannot make offloading pay."""
+    slow = replace(RESIDENT, outside_s=40 * MS)
+    plan = make_plan(demo(device_mib=512, latency=LatencyModel(30, 1 * MS, STREAMING, slow)))
+    assert plan.k == 0
 
 
 @planning

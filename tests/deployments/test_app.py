@@ -10,10 +10,10 @@ from standins import MODEL, args, soon
 
 from deployments import app
 from deployments.app import assemble, build_app
-from deployments.sizing import actor_options
 from deployments.backend import HandleBackend
 from deployments.calls import Accepted, Call, Delta, Failure
 from deployments.naming import deployment_name
+from deployments.sizing import actor_options
 from select_n_core.errors import ConfigError
 
 APP = "application-test"

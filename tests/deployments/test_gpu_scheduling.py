@@ -6,8 +6,8 @@ import pytest
 from standins import args
 
 from deployments import ray_compat
-from deployments.sizing import actor_options
 from deployments.cli.serve import check_capacity
+from deployments.sizing import actor_options
 from select_n_core.errors import ConfigError
 
 

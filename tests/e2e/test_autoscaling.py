@@ -10,7 +10,6 @@ import httpx
 import openai
 import pytest
 from server import serving
-
 from tiny import save_tiny
 
 DEADLINE_S = 90.0

@@ -1,0 +1,225 @@
+"""The offline stage on a tiny model: a record that predicts, is kept, and is made again if bad."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_llama
+
+from select_n_core.config import LinkConfig, ModelConfig
+from select_n_core.decisions.latency import StepShape
+from select_n_core.engine import planning
+from select_n_core.engine.planning import prepare, record_for, record_path
+from select_n_core.errors import InfeasibleError, InputError
+from select_n_core.models.cache import CACHE_VARIABLE
+from select_n_core.models.load import load_model, take_apart
+from select_n_core.offload.executor import model_memory
+from select_n_core.profiling.fingerprint import fingerprint
+from select_n_core.profiling.measure import Effort, measure_record
+from select_n_core.record import load_record
+
+torch.set_num_threads(1)
+
+LINK = LinkConfig(kind="emulated", bandwidth="400MB/s", latency="1ms")
+BRIEF = Effort(repeats=3, batches=(1, 4), contexts=(16, 64), chunks=(8, 32))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def here(directory):
+    return fingerprint("tiny", directory, "float32", LINK)
+
+
+@pytest.fixture(scope="module")
+def measured(directory, here):
+    """(record, what was reported on the way)."""
+    reports: list[tuple[str, float]] = []
+    record = measure_record(
+        load_model(directory, "float32"),
+        here,
+        LINK,
+        BRIEF,
+        lambda what, share: reports.append((what, share)),
+    )
+    return record, reports
+
+
+@pytest.fixture
+def record(measured):
+    return measured[0]
+
+
+class TestMeasuring:
+    def test_sizes_are_the_models(self, record, directory):
+        memory = model_memory(load_model(directory, "float32"), 32)
+        assert record.memory(32) == memory
+        assert record.unit_bytes == (147_968,) * 6
+        assert record.max_context == 512
+
+    def test_a_copy_takes_what_the_link_was_configured_to(self, record):
+        paced_s = 1e-3 + 147_968 / 400e6
+        assert record.transfer_s >= paced_s * (1 - 1e-6)
+        directions = [sample.direction for sample in record.transfers]
+        assert directions == ["h2d", "d2h"]
+        for sample in record.transfers:
+            assert len(sample.seconds) == 3
+            assert min(sample.seconds) >= paced_s * (1 - 1e-6)
+
+    def test_every_shape_was_measured_streaming_and_resident(self, record):
+        for mode in (record.streaming, record.resident):
+            shapes = {(s.decode_rows, s.context_tokens, s.prefill_tokens) for s in mode.samples}
+            assert {(1, 16, 0), (1, 64, 0), (4, 64, 0), (4, 256, 0)} <= shapes
+            assert {(0, 0, 8), (0, 0, 32)} <= shapes
+            assert [tokens for tokens, _ in mode.token_grid] == [1, 4, 8, 32]
+        assert record.streaming.threads == 1
+        assert record.streaming.cold is not None
+        assert record.resident.cold is None
+
+    def test_the_latency_model_predicts_times_that_grow_with_streaming(self, record):
+        latency = record.latency_model()
+        one = StepShape(decode_rows=1, context_tokens=32)
+        times_s = [latency.iteration_s(one, k, 2) for k in range(1, 7)]
+        assert times_s[0] > 0
+        assert latency.iteration_s(one, 0, 2) > 0
+        assert times_s == sorted(times_s)
+        assert times_s[-1] >= 6 * record.transfer_s
+        assert latency.iteration_s(StepShape().with_chunk(0, 64), 3, 2) > 0
+
+    def test_progress_runs_to_the_end(self, measured):
+        shares = [share for _, share in measured[1]]
+        assert shares == sorted(shares)
+        assert (shares[0], shares[-1]) == (0.0, 1.0)
+
+    def test_it_survives_its_file(self, record, tmp_path):
+        record.save(tmp_path / "record.json")
+        assert load_record(tmp_path / "record.json") == record
+
+    def test_the_model_can_be_measured_again_afterwards(self, directory, here):
+        model = load_model(directory, "float32")
+        once = Effort(repeats=1, batches=(1,), contexts=(16,), chunks=(8,))
+        first, second = (measure_record(model, here, LINK, once) for _ in range(2))
+        assert first.unit_bytes == second.unit_bytes
+
+    def test_a_model_of_one_layer_can_be_measured(self, here):
+        once = Effort(repeats=1, batches=(1,), contexts=(16,), chunks=(8,))
+        record = measure_record(take_apart(tiny_llama(layers=1)), here, LINK, once)
+        assert record.latency_model().iteration_s(StepShape(1, 16), 1, 2) > 0
+
+    def test_contexts_beyond_the_model_are_left_out(self, here):
+        effort = Effort(repeats=1, batches=(1,), contexts=(16, 600), chunks=(8, 700))
+        record = measure_record(take_apart(tiny_llama()), here, LINK, effort)
+        assert max(s.context_tokens for s in record.streaming.samples) == 16
+        assert max(s.prefill_tokens for s in record.streaming.samples) == 8
+
+
+def test_a_brief_effort_covers_what_the_replica_will_run():
+    effort = Effort.brief(max_batch=8, max_step_tokens=256)
+    assert effort.batches == (1, 4, 8)
+    assert effort.chunks == (32, 128, 256)
+
+
+class TestFingerprint:
+    def test_it_is_the_same_twice(self, directory):
+        assert fingerprint("a", directory, "float32", LINK) == fingerprint(
+            "a", directory, "float32", LINK
+        )
+
+    def test_another_link_dtype_or_model_is_another_place(self, directory, tmp_path):
+        here = fingerprint("a", directory, "float32", LINK)
+        faster = LinkConfig(kind="emulated", bandwidth="1GB/s", latency="1ms")
+        deeper = save_tiny(tmp_path / "deeper", layers=7)
+        others = [
+            fingerprint("a", directory, "bfloat16", LINK),
+            fingerprint("a", directory, "float32", faster),
+            fingerprint("a", deeper, "float32", LINK),
+        ]
+        assert all(other != here for other in others)
+        assert len({record_path(place) for place in [here, *others]}) == 4
+
+
+class TestKeeping:
+    @pytest.fixture(autouse=True)
+    def counted(self, tmp_path, monkeypatch, record):
+        """A cache of its own, and how often something was measured."""
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+        self.measured = 0
+
+        def count(*_arguments):
+            self.measured += 1
+            return record
+
+        monkeypatch.setattr(planning, "measure_record", count)
+
+    @pytest.fixture
+    def config(self, directory):
+        def make(**changes) -> ModelConfig:
+            facts = {
+                "name": "tiny",
+                "source": "tiny",
+                "dtype": "float32",
+                "device_memory": "2MiB",
+                "host_memory": "2MiB",
+                "link": LINK,
+                "slo": {"tpot": "1s"},
+                "workload": {"prompt_tokens": 32, "output_tokens": 32},
+            }
+            return ModelConfig(**{**facts, **changes})
+
+        return make
+
+    def test_an_unmeasured_model_is_measured_once(self, config, directory, record):
+        first, loaded = record_for(config(), directory)
+        assert (self.measured, first) == (1, record)
+        assert loaded is not None
+        second, not_loaded = record_for(config(), directory)
+        assert (self.measured, second) == (1, record)
+        assert not_loaded is None
+
+    @pytest.mark.parametrize("content", ["", "{", "{}"])
+    def test_a_spoilt_record_of_ours_is_measured_again(self, config, directory, here, content):
+        path = record_path(here)
+        path.write_text(content)
+        record_for(config(), directory)
+        assert self.measured == 1
+        assert load_record(path)
+
+    def test_another_link_is_measured_for_itself(self, config, directory):
+        record_for(config(), directory)
+        record_for(config(link={"kind": "emulated", "bandwidth": "2GB/s"}), directory)
+        assert self.measured == 2
+
+    def test_a_prepared_model_says_its_plan_in_one_line(self, config, directory):
+        prepared = prepare(config(source=str(directory), interval=2))
+        assert prepared.plan.k == 3
+        assert re.fullmatch(
+            r"tiny: requested interval 2\.0, tpot 1 s, device 2 MiB; pinned 433\.5 KiB of host "
+            r"memory; N = 2 \(k = 3 of 6 layers streamed over the emulated link at \S+ GB/s\); "
+            r"predicted TPOT \S+ m?s at \d+ requests, \d+ KV tokens \[forced_interval: .*\]",
+            prepared.line(),
+        )
+
+    def test_off_is_zero_units_and_auto_is_the_planners_choice(self, config, directory):
+        source = str(directory)
+        off = prepare(config(source=source, interval="off"))
+        assert (off.plan.k, off.plan.interval) == (0, None)
+        assert "N = off (k = 0 of 6 layers" in off.line()
+        # One request in ten seconds: even a slow resident pass serves that.
+        workload = {"prompt_tokens": 32, "output_tokens": 32, "rate": 0.1}
+        auto = prepare(config(source=source, workload=workload))
+        assert auto.plan.k == 0
+        assert auto.plan.note == "offload_not_needed"
+
+    def test_an_infeasible_plan_names_model_reason_and_mend(self, config, directory):
+        with pytest.raises(InfeasibleError, match=r"^model tiny: device_too_small: ") as caught:
+            prepare(config(source=str(directory), device_memory="64KiB"))
+        assert caught.value.reason == "device_too_small"
+
+    def test_a_typical_request_beyond_the_models_context_is_refused(self, config, directory):
+        workload = {"prompt_tokens": 500, "output_tokens": 100}
+        with pytest.raises(InputError, match="is 600, the model's context is 512"):
+            prepare(config(source=str(directory), workload=workload))
