@@ -24,6 +24,7 @@ class Provenance:
 
     def __init__(self) -> None:
         self._began = datetime.datetime.now(datetime.UTC)
+        self._commit = _commit()
         self._cpu_s = _cpu_seconds()
         self._own_s = _own_seconds()
 
@@ -46,7 +47,7 @@ class Provenance:
                 name: version(name) for name in ("torch", "transformers", "ray", "select-n")
             },
             "python": sys.version.split()[0],
-            "commit": _commit(),
+            "commit": self._commit,
         }
 
 

@@ -170,7 +170,7 @@ class _ConnectedClient:
                 while True:
                     message = connection.recv()
                     self._loop.call_soon_threadsafe(self._hear, message)
-            self._loop.call_soon_threadsafe(self._lose)
+            self._loop.call_soon_threadsafe(self._lose, self._ended())
         except RuntimeError:
             _log.debug("the event loop closed before the engine did")
 
@@ -200,9 +200,9 @@ class _ConnectedClient:
                     100 * message.share,
                 )
 
-    def _lose(self) -> None:
+    def _lose(self, ended: str) -> None:
         if self._dead is None:
-            how = "was stopped" if self._closing else f"died: {self._ended()}"
+            how = "was stopped" if self._closing else f"died: {ended}"
             self._dead = EngineError(f"the engine of model {self._config.name} {how}")
         assert self._started is not None
         if not self._started.done():

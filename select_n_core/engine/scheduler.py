@@ -134,7 +134,9 @@ class Scheduler:
             )
         if self.find(request.id) is not None:
             raise RequestError(f"request id {request.id!r} is in use", field="id")
-        if len(self.waiting) >= self.limits.max_queue:
+        # Those who wait for no more than the next step to begin are not queued yet.
+        places = self.limits.max_batch - len(self.running)
+        if len(self.waiting) >= self.limits.max_queue + places:
             raise OverloadedError(
                 f"{len(self.waiting)} requests are waiting already; retry later",
                 retry_after_s=self._retry_after_s(),

@@ -110,11 +110,19 @@ class TestLettingIn:
         assert [s.request.id for s in queue.waiting] == ["a", "b", "c"]
 
     def test_nobody_is_told_to_come_back_within_a_second(self):
-        queue = scheduler(max_queue=1)
+        queue = scheduler(max_queue=1, max_batch=1)
         queue.add(request("a"))
+        queue.add(request("b"))
         with pytest.raises(OverloadedError) as caught:
-            queue.add(request("b"))
+            queue.add(request("c"))
         assert caught.value.retry_after_s == 1.0
+
+    def test_a_burst_on_an_idle_replica_may_fill_the_batch_and_the_queue(self):
+        queue = scheduler(max_queue=1, max_batch=2)
+        for name in "abc":
+            queue.add(request(name))
+        with pytest.raises(OverloadedError):
+            queue.add(request("d"))
 
 
 class TestSteps:
