@@ -3,7 +3,8 @@
     python -m benchmarks.law --json
 
 Predicted is the recurrence on a record made before the run; nothing is fitted to the run.
-Ring sizes alternate within each k, so that drift of the machine spreads over all of them.
+All points are visited in rounds, there and back, so that drift and bursts of the machine spread
+over all of them; a point is the median over its rounds.
 """
 
 from __future__ import annotations
@@ -34,47 +35,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default=DEMO)
     parser.add_argument("--links", type=float, nargs="+", default=[1e9, 4e9], help="bytes/s")
-    parser.add_argument("--repeats", type=int, default=15, help="iterations per point")
+    parser.add_argument("--rounds", type=int, default=3, help="over all points")
+    parser.add_argument("--repeats", type=int, default=5, help="iterations per point and round")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
     provenance = Provenance()
     directory, model = load(arguments.source, "bfloat16")
-    effort = Effort(repeats=9, batches=(1, 4, BATCH), contexts=(64, 256), chunks=(32,))
-    points: list[dict[str, Any]] = []
-    records: list[dict[str, Any]] = []
-    for link_bytes_per_s in arguments.links:
-        record = record_here(
-            arguments.source, directory, model, "bfloat16", link_bytes_per_s, effort
-        )
-        records.append(record.model_dump(mode="json"))
-        for k in range(len(model.units) + 1):
-            for slots in SLOTS:
-                points.append(_point(model, record, link_bytes_per_s, slots, k, arguments.repeats))
-            ratios = ", ".join(f"{point['ratio']:.3f}" for point in points[-len(SLOTS) :])
-            note(f"{link_bytes_per_s / 1e9:g} GB/s, k = {k}: measured / predicted {ratios}")
+    effort = Effort(batches=(1, 4, BATCH), contexts=(64, 256), chunks=(32,))
+    records = {
+        rate: record_here(arguments.source, directory, model, "bfloat16", rate, effort)
+        for rate in arguments.links
+    }
+    keys = [
+        (rate, slots, k)
+        for rate in arguments.links
+        for k in range(len(model.units) + 1)
+        for slots in SLOTS
+    ]
+    times_s: dict[tuple[float, int, int], list[float]] = {key: [] for key in keys}
+    for number in range(arguments.rounds):
+        for rate, slots, k in keys if number % 2 == 0 else keys[::-1]:
+            times_s[rate, slots, k] += _iterations(model, rate, slots, k, arguments.repeats)
+        note(f"round {number + 1} of {arguments.rounds}")
+    points = [_point(records[key[0]], *key, times_s[key]) for key in keys]
     document = {
         "model": arguments.source,
         "dtype": "bfloat16",
         "batch": BATCH,
         "context_tokens": CONTEXT,
+        "rounds": arguments.rounds,
         "repeats": arguments.repeats,
         "points": points,
         "summary": _summary(points, max(unit.nbytes for unit in model.units)),
-        "records": records,
+        "records": [record.model_dump(mode="json") for record in records.values()],
         "provenance": provenance.document(),
     }
     publish("law", document, as_json=arguments.json, lines=_lines(document["summary"]))
 
 
-def _point(
-    model: LoadedModel,
-    record: PerformanceRecord,
-    link_bytes_per_s: float,
-    slots: int,
-    k: int,
-    repeats: int,
-) -> dict[str, Any]:
+def _iterations(
+    model: LoadedModel, link_bytes_per_s: float, slots: int, k: int, repeats: int
+) -> list[float]:
+    """Seconds of decode iterations of the batch in steady state."""
     link = EmulatedLink(link_bytes_per_s)
     executor = place(model, link, k=k, slots=slots, requests=BATCH, tokens=CONTEXT + 1)
     rows = []
@@ -88,7 +91,17 @@ def _point(
         times_s.append(time.perf_counter() - begun_s)
     executor.close()
     link.close()
-    measured_s = statistics.median(times_s[WARM_UP:])
+    return times_s[WARM_UP:]
+
+
+def _point(
+    record: PerformanceRecord,
+    link_bytes_per_s: float,
+    slots: int,
+    k: int,
+    times_s: list[float],
+) -> dict[str, Any]:
+    measured_s = statistics.median(times_s)
     shape = StepShape(decode_rows=BATCH, context_tokens=BATCH * CONTEXT)
     predicted_s = record.latency_model().iteration_s(shape, k, slots)
     return {
@@ -98,8 +111,8 @@ def _point(
         "measured_iteration_s": measured_s,
         "predicted_iteration_s": predicted_s,
         "ratio": measured_s / predicted_s,
-        "p10_s": float(np.percentile(times_s[WARM_UP:], 10)),
-        "p90_s": float(np.percentile(times_s[WARM_UP:], 90)),
+        "p10_s": float(np.percentile(times_s, 10)),
+        "p90_s": float(np.percentile(times_s, 90)),
     }
 
 

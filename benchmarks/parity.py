@@ -40,7 +40,7 @@ def main() -> None:
     prompts = _prompts(directory, arguments.prompts)
     note(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens")
     expected = _reference(directory, prompts, arguments.tokens)
-    effort = Effort(repeats=2, batches=(1, 8), contexts=(64,), chunks=(64, 256))
+    effort = Effort(sweeps=1, repeats=2, batches=(1, 8), contexts=(64,), chunks=(64, 256))
     record = record_here(arguments.source, directory, model, "float32", LINK_BYTES_PER_S, effort)
     runs: list[dict[str, Any]] = []
     for interval, slots in [(None, 1), *((n, d) for n in INTERVALS for d in SLOTS)]:

@@ -71,8 +71,8 @@ class ComputeSample(_Frozen):
     Attributes:
         decode_rows, context_tokens, prefill_tokens, prefill_pairs: see `StepShape`.
         rows: rows of logits.
-        unit_s: seconds per unit at home, median over repeats.
-        outside_s: g, median over repeats.
+        unit_s: seconds per unit at home, lower quartile of the repeats.
+        outside_s: g, lower quartile of the repeats.
         variation: coefficient of variation of the whole pass over the repeats.
         repeats: passes measured.
     """
