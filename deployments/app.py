@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
+from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
@@ -16,6 +18,7 @@ from deployments.http.live import LiveRequests
 from deployments.naming import INGRESS, deployment_name
 from deployments.replica import Replica
 from deployments.sizing import SMALL_CPUS, actor_options
+from deployments.telemetry import Telemetry
 from select_n_core.config import ModelConfig, ServeArgs, parse_args
 from select_n_core.engine.client import EngineClient
 from select_n_core.engine.text import TextCodec
@@ -48,16 +51,28 @@ class ReplicaDeployment(Replica):
     """A replica as Ray Serve starts and stops it; a failed start is the deployment's error."""
 
     async def __init__(self, model: ModelConfig, load: Load = load) -> None:  # type: ignore[misc]
+        name = serve.get_replica_context().replica_id.unique_id
+        # First, so that what is wrong with it is said before a model is loaded.
+        telemetry = Telemetry.open(
+            "replica", {"select_n.model": model.name, "select_n.replica": name}
+        )
         codec, client = await load(model)
         info = await client.start()
-        name = serve.get_replica_context().replica_id.unique_id
         super().__init__(name, codec, client, info, model.slo.targets())
+        telemetry.observe(self.report)
+        self._telemetry = telemetry
+
+    async def drain(self, grace_s: float) -> None:
+        """See `Replica.drain`; then the last metrics leave."""
+        await super().drain(grace_s)
+        await self._telemetry.close()
 
     async def __del__(self) -> None:
         # Ray Serve awaits this once its streams are done; without it the engine process would
         # only notice its parent's death.
-        if hasattr(self, "_client"):  # else it never started
+        if hasattr(self, "_telemetry"):  # else it never started
             await self.close()
+            await self._telemetry.close()
 
 
 class IngressDeployment:
@@ -67,18 +82,28 @@ class IngressDeployment:
         self._handles = handles
         self._args = args
         self._live = LiveRequests()
+        name = serve.get_replica_context().replica_id.unique_id
+        self._telemetry = Telemetry.open("ingress", {"select_n.replica": name})
 
     def __serve_build_asgi_app__(self) -> Any:
         api = create_api(
             {name: HandleBackend(handle, name) for name, handle in self._handles.items()},
             self._args,
+            sinks=self._telemetry.sinks(),
+            lifespan=self._lifespan,
         )
         api.add_middleware(self._live.middleware)
         return api
 
+    @asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        yield
+        await self._telemetry.close()
+
     async def settle(self, timeout_s: float) -> None:
-        """Return once no request is being answered, or after `timeout_s`."""
+        """Wait until no request is being answered, or `timeout_s`; then the last metrics leave."""
         await self._live.none_left(timeout_s)
+        await self._telemetry.close()
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

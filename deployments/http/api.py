@@ -6,8 +6,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,18 +22,33 @@ from deployments.http.dialect import ChatDialect, CompletionDialect, Dialect
 from deployments.http.errors import FailureError, error_body, error_response
 from deployments.http.metrics import IngressMetrics, RequestTimer
 from deployments.http.schema import ChatRequest, CompletionRequest
+from deployments.series import Sink
 from select_n_core.config import ServeArgs
 
 _PROBE_TIMEOUT_S = 2.0
 
 
-def create_api(backends: Mapping[str, Backend], args: ServeArgs) -> FastAPI:
-    """The ASGI application that serves `backends`, one per model of `args`."""
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_api(
+    backends: Mapping[str, Backend],
+    args: ServeArgs,
+    *,
+    sinks: Sequence[Sink] = (),
+    lifespan: Lifespan | None = None,
+) -> FastAPI:
+    """The ASGI application that serves `backends`, one per model of `args`.
+
+    Args:
+        sinks: told of every measurement, besides Prometheus.
+        lifespan: entered when the server starts, left when it ends.
+    """
     # JSON is read only under its own content type, which no web page of another origin can send
     # without asking first.
-    api = FastAPI(title="select-n", strict_content_type=True)
+    api = FastAPI(title="select-n", strict_content_type=True, lifespan=lifespan)
     errors.install(api)
-    ingress = _Ingress(backends, args)
+    ingress = _Ingress(backends, args, sinks)
     api.post("/v1/chat/completions")(ingress.chat)
     api.post("/v1/completions")(ingress.complete)
     api.get("/v1/models")(ingress.models)
@@ -67,10 +82,12 @@ class EventStream(StreamingResponse):
 class _Ingress:
     """The endpoints' state: the models, and what was measured."""
 
-    def __init__(self, backends: Mapping[str, Backend], args: ServeArgs) -> None:
+    def __init__(
+        self, backends: Mapping[str, Backend], args: ServeArgs, sinks: Sequence[Sink]
+    ) -> None:
         self._backends = backends
         self._stream_timeout_s = args.stream_timeout
-        self._metrics = IngressMetrics({m.name: m.slo.targets() for m in args.models})
+        self._metrics = IngressMetrics({m.name: m.slo.targets() for m in args.models}, sinks)
         self._created = int(time.time())
 
     async def chat(self, body: ChatRequest) -> Response:

@@ -20,6 +20,9 @@ class LiveRequests:
         """An ASGI application around `app` that counts its requests."""
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "lifespan":  # lasts as long as the server does
+                await app(scope, receive, send)
+                return
             self._number += 1
             self._none.clear()
             try:

@@ -1,7 +1,4 @@
-"""Prometheus metrics: the ingress' own request histograms, and the replicas' reports.
-
-Names are OpenTelemetry's (`gen_ai.*`) and ours (`select_n.*`) in Prometheus spelling.
-"""
+"""Times the ingress' requests, and tells Prometheus of them and of the replicas' reports."""
 
 from __future__ import annotations
 
@@ -13,64 +10,47 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from deployments.calls import Delta, Failure, Report
+from deployments.series import (
+    ADMISSIONS,
+    DURATION,
+    PROVIDER,
+    REPLICA_SERIES,
+    REQUEST_SERIES,
+    TPOT,
+    TTFT,
+    VIOLATIONS,
+    ReplicaSeries,
+    Series,
+    Sink,
+)
 from select_n_core.slo import SLO
 
-# The buckets that OpenTelemetry's GenAI conventions name.
-_DURATION_S = tuple(0.01 * 2**power for power in range(14))
-_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-_TPOT_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-_WHO = ("gen_ai_request_model", "gen_ai_operation_name")
+_UNITS = {"s": "_seconds", "By": "_bytes", "By/s": "_bytes_per_second"}
 
 
 class IngressMetrics:
-    """What this ingress saw of its requests.
+    """What this ingress saw of its requests, for Prometheus and for whoever else listens.
 
     Args:
         slos: each model's targets; a sequence that misses one counts as a violation.
+        sinks: told of every measurement.
     """
 
-    def __init__(self, slos: Mapping[str, SLO]) -> None:
+    def __init__(self, slos: Mapping[str, SLO], sinks: Sequence[Sink] = ()) -> None:
         self.slos = slos
-        self.registry = CollectorRegistry()
-        self.ttft = Histogram(
-            "gen_ai_server_time_to_first_token_seconds",
-            "From the request's arrival to its first token.",
-            _WHO,
-            buckets=_TTFT_S,
-            registry=self.registry,
-        )
-        self.tpot = Histogram(
-            "gen_ai_server_time_per_output_token_seconds",
-            "Mean time per output token after the first, of a finished sequence.",
-            _WHO,
-            buckets=_TPOT_S,
-            registry=self.registry,
-        )
-        self.duration = Histogram(
-            "gen_ai_server_request_duration_seconds",
-            "From the request's arrival to its last token, or to the failure that ended it.",
-            (*_WHO, "error_type"),
-            buckets=_DURATION_S,
-            registry=self.registry,
-        )
-        self.admissions = Counter(
-            "select_n_admission_decisions",
-            "Requests admitted and refused.",
-            ("model", "outcome", "reason"),
-            registry=self.registry,
-        )
-        self.violations = Counter(
-            "select_n_slo_violations",
-            "Finished sequences that missed a latency target.",
-            ("model", "slo"),
-            registry=self.registry,
-        )
+        self._registry = CollectorRegistry()
+        self._sinks = (_PrometheusSink(self._registry), *sinks)
+
+    def record(self, series: Series, value: float, attributes: Mapping[str, str]) -> None:
+        """One measurement."""
+        for sink in self._sinks:
+            sink.record(series, value, attributes)
 
     def page(self, reports: Mapping[str, Sequence[Report]]) -> bytes:
         """The exposition text: own series and one set of series per reporting replica."""
         replicas = CollectorRegistry()
         replicas.register(_ReplicaCollector(reports))
-        return generate_latest(self.registry) + generate_latest(replicas)
+        return generate_latest(self._registry) + generate_latest(replicas)
 
 
 class RequestTimer:
@@ -79,7 +59,11 @@ class RequestTimer:
     def __init__(self, metrics: IngressMetrics, model: str, operation: str) -> None:
         self._metrics = metrics
         self._model = model
-        self._who = (model, operation)
+        self._who = {
+            "gen_ai.provider.name": PROVIDER,
+            "gen_ai.request.model": model,
+            "gen_ai.operation.name": operation,
+        }
         self._start_s = time.monotonic()
         self._first_s: dict[int, float] = {}
         self._last_s: dict[int, float] = {}
@@ -90,7 +74,7 @@ class RequestTimer:
     def admitted(self) -> None:
         """Every sequence was accepted."""
         self._admitted = True
-        self._metrics.admissions.labels(self._model, "admitted", "").inc()
+        self._metrics.record(ADMISSIONS, 1, {"model": self._model, "outcome": "admitted"})
 
     def delta(self, index: int, delta: Delta) -> None:
         """Sequence `index` went on."""
@@ -98,37 +82,68 @@ class RequestTimer:
             self._last_s[index] = time.monotonic()
             if index not in self._first_s:
                 self._first_s[index] = self._last_s[index]
-                self._observe("ttft", self._metrics.ttft, self._first_s[index] - self._start_s)
+                self._observe("ttft", TTFT, self._first_s[index] - self._start_s)
         self._tokens[index] = self._tokens.get(index, 0) + delta.tokens
         if delta.finish and self._tokens[index] > 1:
             span_s = self._last_s[index] - self._first_s[index]
-            self._observe("tpot", self._metrics.tpot, span_s / (self._tokens[index] - 1))
+            self._observe("tpot", TPOT, span_s / (self._tokens[index] - 1))
 
     def done(self) -> None:
         """Every sequence finished."""
-        self._end("")
+        self._end(None)
 
     def failed(self, failure: Failure) -> None:
         """The request was refused, or broke."""
         if not self._admitted:
-            self._metrics.admissions.labels(self._model, "refused", failure.code).inc()
+            refusal = {"model": self._model, "outcome": "refused", "reason": failure.code}
+            self._metrics.record(ADMISSIONS, 1, refusal)
         self._end(failure.code)
 
     def left(self) -> None:
         """Nobody listens any more; without effect on a request that ended before."""
         self._end("cancelled")
 
-    def _end(self, error_type: str) -> None:
+    def _end(self, error_type: str | None) -> None:
         if not self._ended:
             self._ended = True
-            duration_s = time.monotonic() - self._start_s
-            self._metrics.duration.labels(*self._who, error_type).observe(duration_s)
+            error = {} if error_type is None else {"error.type": error_type}
+            self._metrics.record(DURATION, time.monotonic() - self._start_s, self._who | error)
 
-    def _observe(self, target: str, histogram: Histogram, value_s: float) -> None:
-        histogram.labels(*self._who).observe(value_s)
+    def _observe(self, target: str, series: Series, value_s: float) -> None:
+        self._metrics.record(series, value_s, self._who)
         slo = self._metrics.slos.get(self._model)
         if slo is not None and value_s > getattr(slo, f"{target}_s"):
-            self._metrics.violations.labels(self._model, target).inc()
+            self._metrics.record(VIOLATIONS, 1, {"model": self._model, "slo": target})
+
+
+class _PrometheusSink:
+    """Requests as Prometheus' histograms and counters; an absent attribute is an empty label."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._histograms = {
+            series.name: Histogram(
+                _name(series),
+                series.text,
+                _labels(series),
+                buckets=series.buckets,
+                registry=registry,
+            )
+            for series in REQUEST_SERIES
+            if series.buckets
+        }
+        self._counters = {
+            series.name: Counter(_name(series), series.text, _labels(series), registry=registry)
+            for series in REQUEST_SERIES
+            if not series.buckets
+        }
+
+    def record(self, series: Series, value: float, attributes: Mapping[str, str]) -> None:
+        """See `Sink.record`."""
+        labels = [attributes.get(name, "") for name in series.attributes]
+        if series.buckets:
+            self._histograms[series.name].labels(*labels).observe(value)
+        else:
+            self._counters[series.name].labels(*labels).inc(value)
 
 
 class _ReplicaCollector(Collector):
@@ -138,63 +153,33 @@ class _ReplicaCollector(Collector):
         self._reports = reports
 
     def collect(self) -> Iterator[Metric]:
-        gauges = {
-            "select_n_interval": "Layers per streamed one, N = L/k; absent when none streams.",
-            "select_n_link_bandwidth_bytes_per_second": "Measured or configured, host to device.",
-            "select_n_host_lease_bytes": "Host memory held for mirrors.",
-            "select_n_running_requests": "Requests that hold KV memory.",
-            "select_n_waiting_requests": "Requests in the engine's queue.",
-            "select_n_kv_free_tokens": "KV capacity left.",
-            "select_n_kv_tokens": "KV capacity in all.",
-            "select_n_iteration_seconds": "Wall time of the last iteration.",
-            "select_n_predicted_iteration_seconds": "What the plan says an iteration takes.",
-        }
-        counters = {
-            "select_n_copy_stall_duration_seconds": "Compute time lost waiting for copies.",
-            "select_n_iterations": "Engine steps.",
-        }
-        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-        for name, text in gauges.items():
-            families[name] = GaugeMetricFamily(name, text, labels=("model", "replica"))
-        for name, text in counters.items():
-            families[name] = CounterMetricFamily(name, text, labels=("model", "replica"))
-        units = GaugeMetricFamily(
-            "select_n_units", "Units by place.", labels=("model", "replica", "state")
-        )
-        link = CounterMetricFamily(
-            "select_n_link_bytes",
-            "Bytes copied over the link.",
-            labels=("model", "replica", "kind", "direction"),
-        )
+        for series in REPLICA_SERIES:
+            kind = CounterMetricFamily if series.counter else GaugeMetricFamily
+            family = kind(_name(series), series.text, labels=("model", "replica", *_labels(series)))
+            for model, reports in self._reports.items():
+                for report in reports:
+                    for attributes, value in series.read(report):
+                        own = (attributes[name] for name in series.attributes)
+                        family.add_metric((model, report.replica, *own), value)
+            yield family
         replicas = GaugeMetricFamily(
             "select_n_replicas", "Replicas that report.", labels=("model",)
         )
         for model, reports in self._reports.items():
             replicas.add_metric((model,), len(reports))
-            for report in reports:
-                who = (model, report.replica)
-                for name, value in _values(report).items():
-                    families[name].add_metric(who, value)
-                units.add_metric((*who, "streamed"), report.stats.k)
-                units.add_metric((*who, "home"), report.info.units - report.stats.k)
-                link.add_metric((*who, "weights", "h2d"), report.stats.link_bytes)
-        yield from (*families.values(), units, link, replicas)
+        yield replicas
 
 
-def _values(report: Report) -> dict[str, float]:
-    info, stats = report.info, report.stats
-    values = {
-        "select_n_link_bandwidth_bytes_per_second": info.link_bytes_per_s,
-        "select_n_host_lease_bytes": info.host_bytes,
-        "select_n_running_requests": stats.running,
-        "select_n_waiting_requests": stats.waiting,
-        "select_n_kv_free_tokens": stats.kv_free_tokens,
-        "select_n_kv_tokens": stats.kv_tokens,
-        "select_n_iteration_seconds": stats.iteration_s,
-        "select_n_predicted_iteration_seconds": info.predicted_iteration_s,
-        "select_n_copy_stall_duration_seconds": stats.stall_s,
-        "select_n_iterations": stats.iterations,
-    }
-    if stats.interval is not None:
-        values["select_n_interval"] = stats.interval
-    return values
+def _name(series: Series | ReplicaSeries) -> str:
+    """The name as OpenTelemetry translates it for Prometheus, which adds a counter's `_total`."""
+    name = _spelled(series.name)
+    unit = _UNITS.get(series.unit, "")
+    return name if name.endswith(unit) else name + unit
+
+
+def _labels(series: Series | ReplicaSeries) -> tuple[str, ...]:
+    return tuple(_spelled(name) for name in series.attributes)
+
+
+def _spelled(name: str) -> str:
+    return name.replace(".", "_")

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from deployments.calls import Call, Failure, Report
 from deployments.http.api import create_api
 from deployments.replica import Replica
+from deployments.series import Sink
 from select_n_core.config import ServeArgs, parse_args
 from select_n_core.engine.messages import (
     EngineInfo,
@@ -193,11 +194,15 @@ def replica(engine: ScriptedEngine, text: TextCodec) -> Replica:
 
 @contextlib.contextmanager
 def serving(
-    engine: ScriptedEngine, text: TextCodec, *, stream_timeout: str = "5s"
+    engine: ScriptedEngine,
+    text: TextCodec,
+    *,
+    stream_timeout: str = "5s",
+    sinks: Sequence[Sink] = (),
 ) -> Iterator[str]:
     """The HTTP side around one replica on a loopback port; yields its URL."""
     backends = {MODEL: LocalBackend(replica(engine, text))}
-    api = create_api(backends, args(stream_timeout=stream_timeout))
+    api = create_api(backends, args(stream_timeout=stream_timeout), sinks=sinks)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 import served
+from collector import collecting
 from standins import MODEL, args, events, eventually
 
 from deployments.cli.serve import check_capacity, check_port, find_cause
@@ -94,11 +95,12 @@ def test_the_cause_of_another_failure_is_the_last_error_named():
     assert find_cause("Deploying 1 replica") is None
 
 
-def serve(tmp_path: Path, port: int, source: str = "endless") -> subprocess.Popen:
+def serve(tmp_path: Path, port: int, source: str = "endless", **variables: str) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
         "HOME": str(tmp_path),
         "RAY_AUTH_MODE": "token",
+        **variables,
     }
     return subprocess.Popen(
         [sys.executable, str(HERE / "served.py"), str(port), source],
@@ -180,6 +182,32 @@ def _metric(url: str, name: str) -> float:
         if line.startswith(name + "{"):
             return float(line.split()[-1])
     return -1
+
+
+@pytest.mark.slow
+def test_its_last_metrics_leave_over_otlp(tmp_path, port):
+    with collecting() as collector:
+        never = str(3600 * 1000)  # but at the end
+        process = serve(
+            tmp_path,
+            port,
+            OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+            OTEL_METRIC_EXPORT_INTERVAL=never,
+        )
+        assert f"http://127.0.0.1:{port}" in [process.stdout.readline() for _ in range(2)][1]
+        body = {"model": MODEL, "prompt": "Hi", "max_tokens": 3}
+        httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=20)
+        assert not collector.exports
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == 0
+    ingress, replica = sorted(
+        collector.exports, key=lambda each: each.resource["select_n.component"]
+    )
+    assert ingress.resource["select_n.component"] == "ingress"
+    assert ingress.metrics["gen_ai.server.request.duration"].histogram.data_points[0].count == 1
+    assert replica.resource["select_n.model"] == MODEL
+    assert replica.metrics["select_n.running_requests"].gauge.data_points[0].as_int >= 0
 
 
 @pytest.mark.slow

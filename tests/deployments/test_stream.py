@@ -90,10 +90,24 @@ async def test_an_ingress_settles_when_its_last_answer_is_out():
     async def answer(scope, receive, send) -> None:
         await release.wait()
 
-    request = asyncio.create_task(live.middleware(answer)({}, None, None))
+    request = asyncio.create_task(live.middleware(answer)({"type": "http"}, None, None))
     settling = asyncio.create_task(live.none_left(10))
     done, _ = await asyncio.wait([settling], timeout=0.01)
     assert not done
     release.set()
     await asyncio.gather(request, settling)
     await live.none_left(0)
+
+
+async def test_an_ingress_settles_although_its_server_runs():
+    live, end = LiveRequests(), asyncio.Event()
+
+    async def run(scope, receive, send) -> None:
+        await end.wait()
+
+    server = asyncio.create_task(live.middleware(run)({"type": "lifespan"}, None, None))
+    await asyncio.sleep(0)  # it runs
+    async with asyncio.timeout(5):
+        await live.none_left(60)
+    end.set()
+    await server
