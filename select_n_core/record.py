@@ -89,16 +89,18 @@ class ComputeSample(_Frozen):
 
 
 class ColdSample(_Frozen):
-    """How much slower a unit computes from a slot than at home.
+    """How much slower units compute because of streaming.
 
     Attributes:
-        streamed_extra_s: with its copy there in time.
-        stalled_extra_s: after waiting `stall_s` for it.
+        streamed_extra_s: a unit in a slot against one at home, its copy there in time.
+        stalled_extra_s: the same after waiting `stall_s` for its copy.
+        copy_slowdown: share by which every unit grows while the link is always busy.
     """
 
     streamed_extra_s: NonNegativeFloat
     stalled_extra_s: NonNegativeFloat
     stall_s: PositiveFloat
+    copy_slowdown: NonNegativeFloat = 0.0
 
 
 class ModeRecord(_Frozen):
@@ -138,6 +140,7 @@ class ModeRecord(_Frozen):
             streamed_extra_s=cold.streamed_extra_s,
             stalled_extra_s=cold.stalled_extra_s,
             stall_s=cold.stall_s,
+            copy_slowdown=cold.copy_slowdown,
         )
 
 

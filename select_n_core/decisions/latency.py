@@ -58,6 +58,8 @@ class ComputeModel:
         per_pair_s: per unit and query-key pair of prompt chunks.
         outside_s: g at no rows. outside_per_row_s: per row of logits.
         streamed_extra_s, stalled_extra_s, stall_s: see `UnitCost`; extras are added to a unit.
+        copy_slowdown: share by which units grow while the link is always busy: copies and
+            compute share the memory.
     """
 
     token_grid: tuple[tuple[int, float], ...]
@@ -68,6 +70,7 @@ class ComputeModel:
     streamed_extra_s: float = 0.0
     stalled_extra_s: float = 0.0
     stall_s: float = 1.0
+    copy_slowdown: float = 0.0
 
     def __post_init__(self) -> None:
         tokens = [point[0] for point in self.token_grid]
@@ -87,9 +90,14 @@ class ComputeModel:
         """g of a step with `rows` rows of logits."""
         return self.outside_s + self.outside_per_row_s * rows
 
-    def cost(self, shape: StepShape) -> UnitCost:
-        """The unit cost that the law takes, for this step."""
-        home_s = round(self.unit_s(shape) / _RESOLUTION_S) * _RESOLUTION_S
+    def cost(self, shape: StepShape, link_busy: float = 0.0) -> UnitCost:
+        """The unit cost that the law takes, for this step.
+
+        Args:
+            link_busy: share of the iteration in which copies run, 0 to 1.
+        """
+        slowed_s = self.unit_s(shape) * (1 + self.copy_slowdown * link_busy)
+        home_s = round(slowed_s / _RESOLUTION_S) * _RESOLUTION_S
         return UnitCost(
             home_s=home_s,
             streamed_s=home_s + self.streamed_extra_s,
@@ -136,7 +144,9 @@ class LatencyModel:
         self, compute: ComputeModel, shape: StepShape, k: int, slots: int, rows: int
     ) -> float:
         outside_s = round(compute.outside(rows) / _RESOLUTION_S) * _RESOLUTION_S
-        return iteration_s(self.units, k, slots, compute.cost(shape), outside_s, self.transfer_s)
+        alone_s = self.units * compute.unit_s(shape) + outside_s
+        cost = compute.cost(shape, link_busy=min(1.0, k * self.transfer_s / alone_s))
+        return iteration_s(self.units, k, slots, cost, outside_s, self.transfer_s)
 
     def free_tokens(self, shape: StepShape, k: int, slots: int, limit: int) -> int:
         """Prompt tokens that can join the step at no cost in time, up to `limit` (B*).

@@ -178,10 +178,8 @@ def _mode(
     stage: _Stage,
 ) -> ModeRecord:
     """Measure one thread mode; `transfer_s` given means streaming, None means resident."""
-    units = len(model.units)
     blocks = max(shape.blocks() for shape in shapes)
     probe = Shape(((effort.contexts[0], 1),) * effort.batches[len(effort.batches) // 2])
-    repeats = effort.repeats * effort.sweeps
 
     def pass_s(k: int, slots: int, threads: int | None = None) -> float:
         with placed(
@@ -197,20 +195,45 @@ def _mode(
         ) as executor:
             samples = _sweep(executor, shapes, effort, stage)
         return fit_mode(samples, None, threads)
-    # Few enough streamed units that copies never stall the shapes: their compute is measured clean.
-    calm = max(1, min(units - 1, int(0.6 * pass_s(1, 1) / transfer_s)))
-    with placed(model, link, device, k=calm, slots=_SLOTS, blocks=blocks) as executor:
+    with placed(model, link, device, k=1, slots=1, blocks=blocks) as executor:
         samples = _sweep(executor, shapes, effort, stage)
-        calm_passes = run_passes(executor, probe, repeats)
-    with placed(model, link, device, k=units, slots=1, blocks=blocks) as executor:
-        stalled = run_passes(executor, probe, repeats)
-    home_s = quiet(calm_passes, "home_s")
-    cold = ColdSample(
-        streamed_extra_s=max(0.0, quiet(calm_passes, "streamed_s") - home_s),
-        stalled_extra_s=max(0.0, quiet(stalled, "streamed_s") - home_s),
-        stall_s=max(1e-6, quiet(stalled, "wait_s")),
+    return fit_mode(
+        samples, _cold(model, link, device, probe, effort, transfer_s), compute_threads(1)
     )
-    return fit_mode(samples, cold, compute_threads(1))
+
+
+def _cold(
+    model: LoadedModel,
+    link: Link,
+    device: torch.device,
+    probe: Shape,
+    effort: Effort,
+    transfer_s: float,
+) -> ColdSample:
+    """What streaming costs compute: an idle link, a busy one that stalls nobody, and stalls."""
+    units, blocks = len(model.units), probe.blocks()
+    idle: list[Pass] = []
+    busy: list[Pass] = []
+    stalled: list[Pass] = []
+    calm = 1
+    for _ in range(effort.sweeps):
+        with placed(model, link, device, k=1, slots=1, blocks=blocks) as executor:
+            idle += run_passes(executor, probe, effort.repeats)
+        pass_s = quiet(idle, "wall_s")
+        calm = max(1, min(units - 1, int(0.6 * pass_s / transfer_s)))
+        with placed(model, link, device, k=calm, slots=_SLOTS, blocks=blocks) as executor:
+            busy += run_passes(executor, probe, effort.repeats)
+        with placed(model, link, device, k=units, slots=1, blocks=blocks) as executor:
+            stalled += run_passes(executor, probe, effort.repeats)
+    idle_s, busy_s = quiet(idle, "home_s"), quiet(busy, "home_s")
+    # At k = 1 the link is busy a little too: the slope is over what `calm` adds.
+    more_busy = (calm - 1) * transfer_s / quiet(idle, "wall_s")
+    return ColdSample(
+        streamed_extra_s=max(0.0, quiet(busy, "streamed_s") - busy_s),
+        stalled_extra_s=max(0.0, quiet(stalled, "streamed_s") - idle_s),
+        stall_s=max(1e-6, quiet(stalled, "wait_s")),
+        copy_slowdown=max(0.0, (busy_s / idle_s - 1) / more_busy) if more_busy > 0.1 else 0.0,
+    )
 
 
 def _sweep(

@@ -108,6 +108,18 @@ def test_units_that_come_late_and_cold_take_longer():
     )
 
 
+def test_copies_slow_compute_in_proportion_to_how_busy_the_link_is():
+    step = StepShape(1)
+    slowed = model(streaming=compute(copy_slowdown=0.5), transfer_s=1e-6)
+    assert slowed.iteration_s(step, 1, 2) == pytest.approx(
+        model(transfer_s=1e-6).iteration_s(step, 1, 2), rel=1e-3
+    )
+    alone_s = model().iteration_s(step, 0, 2)
+    half = model(streaming=compute(copy_slowdown=0.5), transfer_s=alone_s / 2)
+    units_s = alone_s - compute().outside(1)
+    assert half.iteration_s(step, 1, 1) == pytest.approx(alone_s + 0.25 * units_s, rel=1e-2)
+
+
 @given(st.integers(0, 8), st.integers(0, 30), st.floats(0, 0.5), st.integers(0, 256))
 def test_tokens_within_a_budget_are_the_most_that_keep_it(rows, k, budget_s, limit):
     step = StepShape(decode_rows=rows, context_tokens=100 * rows)
