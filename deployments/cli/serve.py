@@ -214,7 +214,7 @@ def _announce(config: DeployConfig, *, as_json: bool) -> None:
         f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-d '{json.dumps(body)}'"
     )
-    plans = [f"{each['model']}: {each['plan_line']}" for each in replicas]
+    plans = [each["plan_line"] for each in replicas]
     emit(
         {"url": url, "replicas": replicas, "example": example},
         [*plans, f"serving on {url}", f"try: {example}"],
