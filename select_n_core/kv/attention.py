@@ -3,7 +3,7 @@
 Decoding rows gather their pages once and take the queries to the pages (pages are the batch
 dimension, no padding of keys or values); only the scores, which are small, are laid out per
 request for one softmax. Prompt chunks attend request by request with SDPA.
-Source: flash-decoding's page-wise split; numbers for the choice are in `benchmarks/`.
+Source: flash-decoding's page-wise split.
 """
 
 from __future__ import annotations
