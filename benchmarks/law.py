@@ -28,22 +28,21 @@ from select_n_core.record import PerformanceRecord
 BATCH = 8
 CONTEXT = 160
 SLOTS = (1, 2, 3)
-WARM_UP = 2
+WARM_UP = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default=DEMO)
     parser.add_argument("--links", type=float, nargs="+", default=[1e9, 4e9], help="bytes/s")
-    parser.add_argument("--rounds", type=int, default=2, help="over all points")
+    parser.add_argument("--rounds", type=int, default=3, help="over all points")
     parser.add_argument("--repeats", type=int, default=5, help="iterations per point and round")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
     provenance = Provenance()
     directory, model = load(arguments.source, "bfloat16")
-    # Many short sweeps: the record must not catch one mood of a shared machine.
-    effort = Effort(sweeps=10, repeats=2, batches=(1, 4, BATCH), contexts=(64, 256), chunks=(32,))
+    effort = Effort(batches=(1, 4, BATCH), contexts=(64, 256), chunks=(32,))
     records = {
         rate: record_here(arguments.source, directory, model, "bfloat16", rate, effort)
         for rate in arguments.links
