@@ -108,6 +108,7 @@ class ModeRecord(_Frozen):
 
     Attributes:
         fit_error: largest relative error of the fitted model on its own samples.
+        noise: how much longer the median sweep over all shapes took than the fastest one.
     """
 
     threads: PositiveInt
@@ -119,6 +120,7 @@ class ModeRecord(_Frozen):
     outside_s: NonNegativeFloat
     outside_per_row_s: NonNegativeFloat
     fit_error: NonNegativeFloat
+    noise: NonNegativeFloat = 0.0
 
     @field_validator("token_grid")
     @classmethod

@@ -20,6 +20,8 @@ from select_n_core.profiling.measure import Effort, measure_record
 from select_n_core.quantities import format_bytes, format_seconds
 from select_n_core.record import PerformanceRecord, load_record
 
+_NOISY = 0.08  # of `ModeRecord.noise`
+
 
 def profile(source: str, link: dict[str, Any], dtype: str, output: Path | None) -> dict[str, Any]:
     """Measure `source` on this machine; writes `output` and the cache that `serve` reads."""
@@ -63,13 +65,14 @@ def _profile_summary(record: PerformanceRecord, path: Path) -> dict[str, Any]:
         "unit_compute_s": latency.streaming.token_grid[0][1],
         "outside_s": latency.streaming.outside(1),
         "fit_error": record.streaming.fit_error,
+        "noise": record.streaming.noise,
         "seconds": record.seconds,
     }
 
 
 def profile_lines(summary: dict[str, Any]) -> list[str]:
     """A profile's summary for people."""
-    return [
+    lines = [
         f"{summary['model']} on {summary['device']}: {summary['units']} layers of "
         f"{format_bytes(summary['unit_bytes'])}",
         f"copy of a layer {format_seconds(summary['transfer_s'])} "
@@ -79,6 +82,12 @@ def profile_lines(summary: dict[str, Any]) -> list[str]:
         f"largest error of the fit {summary['fit_error']:.1%}; "
         f"measured in {format_seconds(summary['seconds'])}, written to {summary['record']}",
     ]
+    if summary["noise"] > _NOISY:
+        lines.append(
+            f"the machine was busy with something else: its sweeps took {summary['noise']:.0%} "
+            "longer than the fastest; profile again when it is idle"
+        )
+    return lines
 
 
 def plan_record(path: Path, **fields: Any) -> tuple[PerformanceRecord, PlanInputs, Plan]:

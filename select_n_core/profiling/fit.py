@@ -12,7 +12,9 @@ from select_n_core.decisions.latency import ComputeModel, StepShape
 from select_n_core.record import ColdSample, ComputeSample, ModeRecord
 
 
-def fit_mode(samples: Sequence[ComputeSample], cold: ColdSample | None, threads: int) -> ModeRecord:
+def fit_mode(
+    samples: Sequence[ComputeSample], cold: ColdSample | None, threads: int, noise: float = 0.0
+) -> ModeRecord:
     """Fit one thread mode.
 
     Attention terms are slopes between shapes of equal tokens; what remains is a function of the
@@ -37,6 +39,7 @@ def fit_mode(samples: Sequence[ComputeSample], cold: ColdSample | None, threads:
         outside_s=outside_s,
         outside_per_row_s=per_row_s,
         fit_error=0.0,
+        noise=noise,
     )
     return mode.model_copy(update={"fit_error": _error(mode.compute_model(), samples)})
 

@@ -18,7 +18,17 @@ from select_n_core.memory.host import HostMap
 from select_n_core.models.load import LoadedModel
 from select_n_core.offload.executor import Executor, compute_threads, model_memory
 from select_n_core.profiling.fit import fit_mode
-from select_n_core.profiling.passes import BLOCK_TOKENS, Pass, Shape, placed, quiet, run_passes
+from select_n_core.profiling.passes import (
+    BLOCK_TOKENS,
+    Pass,
+    Shape,
+    Sweep,
+    placed,
+    quiet,
+    run_passes,
+    sweep_s,
+    undisturbed,
+)
 from select_n_core.record import (
     ColdSample,
     ComputeSample,
@@ -30,6 +40,7 @@ from select_n_core.record import (
 
 _SLOTS = 2
 _WARM_UP = 2
+_MOST_SWEEPS = 3  # times those asked for, until enough are undisturbed
 
 Progress = Callable[[str, float], None]  # what is measured now, share done
 
@@ -39,7 +50,7 @@ class Effort:
     """How much to measure.
 
     Attributes:
-        sweeps: over all shapes. repeats: passes per shape in each.
+        sweeps: undisturbed ones over all shapes. repeats: passes per shape in each.
         batches, contexts: the decode grid. chunks: prompt tokens.
     """
 
@@ -193,13 +204,12 @@ def _mode(
         with placed(
             model, link, device, k=0, slots=_SLOTS, blocks=blocks, threads=threads
         ) as executor:
-            samples = _sweep(executor, shapes, effort, stage)
-        return fit_mode(samples, None, threads)
+            samples, noise = _sweep(executor, shapes, effort, stage)
+        return fit_mode(samples, None, threads, noise)
     with placed(model, link, device, k=1, slots=1, blocks=blocks) as executor:
-        samples = _sweep(executor, shapes, effort, stage)
-    return fit_mode(
-        samples, _cold(model, link, device, probe, effort, transfer_s), compute_threads(1)
-    )
+        samples, noise = _sweep(executor, shapes, effort, stage)
+    cold = _cold(model, link, device, probe, effort, transfer_s)
+    return fit_mode(samples, cold, compute_threads(1), noise)
 
 
 def _cold(
@@ -238,18 +248,34 @@ def _cold(
 
 def _sweep(
     executor: Executor, shapes: Sequence[Shape], effort: Effort, stage: _Stage
-) -> list[ComputeSample]:
-    """Every shape once per sweep, so that a neighbour's burst does not hit all of one shape."""
+) -> tuple[list[ComputeSample], float]:
+    """Every shape once per sweep, so that a neighbour's burst does not hit all of one shape.
+
+    Sweeps go on until enough of them were undisturbed; only these count. Returns the samples and
+    the noise of all sweeps.
+    """
     mode = "streaming" if executor.k else "resident"
-    found: dict[Shape, list[Pass]] = {shape: [] for shape in shapes}
+    sweeps: list[Sweep] = []
+    furthest = 0.0
     run_passes(executor, shapes[0], effort.repeats)  # the first shape would pay for cold caches
-    for sweep in range(effort.sweeps):
-        for number, shape in enumerate(found):
+    while (missing := effort.sweeps - len(undisturbed(sweeps))) > 0:
+        if len(sweeps) == _MOST_SWEEPS * effort.sweeps:
+            break
+        sweep: Sweep = {}
+        for number, shape in enumerate(shapes):
             facts = shape.facts()
-            done = (sweep * len(found) + number) / (effort.sweeps * len(found))
-            stage(f"{mode}: {facts.decode_rows} rows, {facts.tokens} tokens", done)
-            found[shape] += run_passes(executor, shape, effort.repeats)
-    return [_sample(shape, passes) for shape, passes in found.items()]
+            run = len(sweeps) + number / len(shapes)
+            what = f"{mode}: {facts.decode_rows} rows, {facts.tokens} tokens"
+            furthest = max(furthest, run / (len(sweeps) + missing))
+            stage(what, furthest)
+            sweep[shape] = run_passes(executor, shape, effort.repeats)
+        sweeps.append(sweep)
+    kept = undisturbed(sweeps)
+    samples = [
+        _sample(shape, [each for sweep in kept for each in sweep[shape]]) for shape in shapes
+    ]
+    walls_s = [sweep_s(sweep) for sweep in sweeps]
+    return samples, statistics.median(walls_s) / min(walls_s) - 1
 
 
 def _sample(shape: Shape, passes: Sequence[Pass]) -> ComputeSample:

@@ -20,6 +20,7 @@ from select_n_core.offload.executor import Executor, Placement, StepRow, model_m
 
 BLOCK_TOKENS = 32
 _WARM_UP = 2
+_UNDISTURBED = 1.08
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,21 @@ def quiet(
 ) -> float:
     """The lower quartile: on a shared machine neighbours only ever add time, and in bursts."""
     return float(np.percentile([getattr(each, name) for each in passes], 25))
+
+
+Sweep = dict[Shape, list[Pass]]
+"""Every shape's passes, taken one shape after another."""
+
+
+def sweep_s(sweep: Sweep) -> float:
+    """Seconds of a sweep: one quiet pass of every shape."""
+    return sum(quiet(passes, "wall_s") for passes in sweep.values())
+
+
+def undisturbed(sweeps: Sequence[Sweep]) -> list[Sweep]:
+    """Those within 8% of the fastest: what took longer shared the machine with somebody."""
+    limit_s = _UNDISTURBED * min((sweep_s(sweep) for sweep in sweeps), default=0.0)
+    return [sweep for sweep in sweeps if sweep_s(sweep) <= limit_s]
 
 
 def run_passes(executor: Executor, shape: Shape, repeats: int) -> list[Pass]:

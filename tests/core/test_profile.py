@@ -17,6 +17,7 @@ from select_n_core.models.load import load_model, take_apart
 from select_n_core.offload.executor import model_memory
 from select_n_core.profiling.fingerprint import fingerprint
 from select_n_core.profiling.measure import Effort, measure_record
+from select_n_core.profiling.passes import Pass, Shape, Sweep, undisturbed
 from select_n_core.record import load_record
 
 torch.set_num_threads(1)
@@ -115,6 +116,15 @@ class TestMeasuring:
         record = measure_record(take_apart(tiny_llama()), here, LINK, effort)
         assert max(s.context_tokens for s in record.streaming.samples) == 16
         assert max(s.prefill_tokens for s in record.streaming.samples) == 8
+
+
+def test_a_sweep_that_shared_the_machine_does_not_count():
+    def sweep(wall_s: float) -> Sweep:
+        return {Shape(((16, 1),)): [Pass(wall_s, 0, 0, 0, 0)] * 3}
+
+    calm, slower, disturbed = sweep(0.100), sweep(0.107), sweep(0.150)
+    assert undisturbed([slower, disturbed, calm]) == [slower, calm]
+    assert undisturbed([]) == []
 
 
 def test_a_brief_effort_covers_what_the_replica_will_run():
