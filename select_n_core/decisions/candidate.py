@@ -100,9 +100,9 @@ def decode_shape(rows: int, prompt_tokens: int, output_tokens: int) -> StepShape
 def evaluate(inputs: PlanInputs, k: int) -> Candidate:
     """Everything the planner compares about streaming pi's first `k` units."""
     memory = inputs.memory
-    layout = device_layout(memory, inputs.device_bytes, k, inputs.slots)
+    layout = device_layout(memory, inputs.device_bytes, k, inputs.slots, k_max(inputs, k))
     request_blocks = memory.blocks_of(inputs.prompt_tokens + inputs.output_tokens)
-    blocks = layout.kv_blocks if layout is not None else 0
+    blocks = len(layout.kv_ids(k)) if layout is not None else 0
     host_bytes = memory.mirrored_bytes(k)
     alone = serve(inputs, k, 1)
     max_running = _max_running(inputs, k)
@@ -121,6 +121,21 @@ def evaluate(inputs: PlanInputs, k: int) -> Candidate:
         meets_tpot=_meets_tpot(inputs, alone),
         meets_ttft=_meets_ttft(inputs, alone),
     )
+
+
+def k_max(inputs: PlanInputs, k_min: int) -> int:
+    """What k may ever become in an arena whose layout begins at `k_min`.
+
+    A ring needs a place beside the homes and one request's KV; where it has none, or k is the
+    user's, k stands still.
+    """
+    memory = inputs.memory
+    if inputs.forced_k is not None or not memory.host_cap(inputs.host_bytes):
+        return k_min
+    units = memory.units
+    moving = device_layout(memory, inputs.device_bytes, k_min, inputs.slots, units)
+    request_blocks = memory.blocks_of(inputs.prompt_tokens + inputs.output_tokens)
+    return k_min if moving is None or len(moving.kv_ids(k_min)) < request_blocks else units
 
 
 def serve(inputs: PlanInputs, k: int, batch: int) -> Serving:

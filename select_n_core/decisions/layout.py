@@ -1,9 +1,10 @@
-"""Where everything lies in the device arena: a pure function of sizes and k.
+"""Where everything lies in the device arena: a pure function of sizes and the range of k.
 
     | static | homes in reverse pi | KV blocks | ring of d slots |
 
 The home next to be demoted touches the KV region, so turning k moves one boundary. Block ids
-count on one lattice that ends where the KV region ends: id 0 is the lowest address.
+count on one lattice over all bytes that may ever hold KV, whole at the ring's edge: id 0 is the
+lowest address, and an id exists only while all its bytes are lent. At k = 0 the ring is lent too.
 """
 
 from __future__ import annotations
@@ -59,41 +60,76 @@ class ModelMemory:
 
 @dataclass(frozen=True, slots=True)
 class DeviceLayout:
-    """Byte offsets into the arena.
+    """Byte offsets into the arena, for every k from k_min to k_max.
 
     Attributes:
-        homes: unit -> offset, for every unit at home.
-        kv_offset: of block 0. kv_blocks: how many blocks fit.
-        slots: offsets of the staging slots; empty at k = 0, when the ring is KV space too.
+        homes: unit -> offset, for all but pi's first k_min units.
+        slots: offsets of the staging slots; none where nothing may ever be streamed.
+        lattice_offset: of block 0. lattice_blocks: all ids that may ever exist.
+        ring_id: the ids from here on lie in the ring.
+        first_ids: the lowest id that exists, at each k from k_min on.
     """
 
+    k_min: int
+    k_max: int
     homes: dict[int, int]
-    kv_offset: int
-    kv_blocks: int
     slots: tuple[int, ...]
+    lattice_offset: int
+    lattice_blocks: int
+    ring_id: int
+    first_ids: tuple[int, ...]
+
+    def kv_ids(self, k: int) -> range:
+        """The KV blocks that exist while `k` units are streamed.
+
+        Raises:
+            InputError: k is not between k_min and k_max.
+        """
+        if not self.k_min <= k <= self.k_max:
+            raise InputError(f"k must be between {self.k_min} and {self.k_max}, got {k}", field="k")
+        end = self.lattice_blocks if k == 0 else self.ring_id
+        return range(self.first_ids[k - self.k_min], end)
 
 
-def device_layout(memory: ModelMemory, arena_bytes: int, k: int, slots: int) -> DeviceLayout | None:
-    """The layout with pi's first `k` units streamed; None when even zero KV blocks do not fit."""
-    if not 0 <= k <= memory.units:
-        raise InputError(f"k must be between 0 and {memory.units}, got {k}", field="k")
+def device_layout(
+    memory: ModelMemory, arena_bytes: int, k_min: int, slots: int, k_max: int | None = None
+) -> DeviceLayout | None:
+    """The layout in which pi's first `k_min` units have no home and up to `k_max` are streamed.
+
+    `k_max` is `k_min` unless given. None when it does not fit even with zero KV blocks.
+    """
+    k_max = k_min if k_max is None else k_max
+    if not 0 <= k_min <= k_max <= memory.units:
+        field, wrong = ("k", k_min) if k_max == k_min else ("k_max", k_max)
+        raise InputError(
+            f"{field} must be between {0 if k_max == k_min else k_min} and {memory.units}, "
+            f"got {wrong}",
+            field=field,
+        )
+    order = offload_order(memory.units)
     offset = memory.static_bytes
     homes: dict[int, int] = {}
-    for unit in reversed(offload_order(memory.units)[k:]):
+    for unit in reversed(order[k_min:]):
         homes[unit] = offset
         offset += memory.unit_bytes[unit]
     # The arena's size is the user's and need not be aligned: slots start on the last boundaries.
-    ring_bytes = slots * memory.slot_bytes if k else 0
-    kv_end = (arena_bytes - ring_bytes) // 256 * 256
-    if kv_end < offset:
+    ring_bytes = slots * memory.slot_bytes if k_max else 0
+    ring = (arena_bytes - ring_bytes) // 256 * 256
+    if ring < offset:
         return None
-    blocks = (kv_end - offset) // memory.kv_block_bytes
-    ring = tuple(kv_end + index * memory.slot_bytes for index in range(slots)) if k else ()
+    boundaries = [homes[unit] for unit in order[k_min:k_max]]  # the KV region's begin above k_min
+    begins = [offset, *boundaries]
+    below = [(ring - begin) // memory.kv_block_bytes for begin in begins]
+    inside = (arena_bytes - ring) // memory.kv_block_bytes if k_min == 0 else 0
     return DeviceLayout(
+        k_min=k_min,
+        k_max=k_max,
         homes=homes,
-        kv_offset=kv_end - blocks * memory.kv_block_bytes,
-        kv_blocks=blocks,
-        slots=ring,
+        slots=tuple(ring + index * memory.slot_bytes for index in range(slots)) if k_max else (),
+        lattice_offset=ring - below[-1] * memory.kv_block_bytes,
+        lattice_blocks=below[-1] + inside,
+        ring_id=below[-1],
+        first_ids=tuple(below[-1] - count for count in below),
     )
 
 

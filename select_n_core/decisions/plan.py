@@ -15,6 +15,7 @@ from select_n_core.decisions.candidate import (
     Candidate,
     PlanInputs,
     evaluate,
+    k_max,
     serve,
 )
 from select_n_core.decisions.order import interval_of_k
@@ -55,6 +56,8 @@ class Plan:
         max_batch: typical requests at a time, by SLO and KV; 0 when infeasible. The predictions
             are for as many.
         max_running: requests at a time within the SLO, were there KV for all of them.
+        k_min, k_max: how far k may turn in this arena while serving.
+        mirrors: units to mirror (m): the most that time and host memory allow to stream.
         candidates: every k from 0 to L, for tables and plots.
     """
 
@@ -70,6 +73,9 @@ class Plan:
     max_batch: int
     max_running: int
     kv_tokens: int
+    k_min: int
+    k_max: int
+    mirrors: int
     slots: int
     reason: Reason | None
     note: Note | None
@@ -124,6 +130,7 @@ def _plan(
 ) -> Plan:
     upper, lower = _range(candidates)
     units = inputs.memory.units
+    k_min, mirrors = _range_while_serving(inputs, chosen, upper, lower)
     bounds = (
         None
         if upper is None or lower is None
@@ -138,16 +145,30 @@ def _plan(
         predicted_tpot_s=chosen.serving.tpot_s,
         predicted_ttft_s=chosen.serving.ttft_s,
         device_bytes=inputs.device_bytes,
-        host_bytes=chosen.host_bytes,
+        host_bytes=inputs.memory.mirrored_bytes(mirrors),
         max_batch=chosen.serving.batch if reason is None else 0,
         max_running=chosen.max_running,
         kv_tokens=chosen.kv_tokens,
+        k_min=k_min,
+        k_max=k_max(inputs, k_min),
+        mirrors=mirrors,
         slots=inputs.slots,
         reason=reason,
         note=note,
         message=message,
         candidates=candidates,
     )
+
+
+def _range_while_serving(
+    inputs: PlanInputs, chosen: Candidate, upper: int | None, lower: int | None
+) -> tuple[int, int]:
+    """(the least k, units to mirror): a fixed interval stands still, and so does a tight arena."""
+    if inputs.forced_k is not None or lower is None or upper is None or not chosen.k:
+        return chosen.k, chosen.k
+    mirrors = max(chosen.k, upper)
+    k_min = min(lower, chosen.k)
+    return (k_min if k_max(inputs, k_min) > k_min else chosen.k), mirrors
 
 
 def _forced(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:

@@ -54,6 +54,9 @@ def build_engine(
         placement = Placement(
             arena_bytes=config.device_memory,
             k=plan.k,
+            k_min=plan.k_min,
+            k_max=plan.k_max,
+            mirrors=plan.mirrors,
             slots=plan.slots,
             block_tokens=config.block_tokens,
             threads=_threads(prepared),

@@ -1,23 +1,36 @@
-"""Who owns which KV block: a table per request, blocks conserved."""
+"""Who owns which KV block: a table per request, blocks conserved while their number changes."""
 
 from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
 
 from select_n_core.errors import DeviceMemoryError
 
 
 class BlockTable:
-    """Blocks of every request. Ids are handed out from the top of the lattice, densely.
+    """Blocks of every request, over a range of ids that grows and shrinks.
+
+    Ids are handed out from the top, densely: the low ones lie in lent homes and are elastic,
+    handed out last and emptied first. So are those from `ring_id` on, which lie in a lent ring.
 
     Args:
-        blocks: ids 0 .. blocks - 1 exist.
+        ids: the blocks that exist.
         block_tokens: tokens in a block.
+        ring_id: None where no ring is ever lent.
     """
 
-    def __init__(self, blocks: int, block_tokens: int) -> None:
-        self.blocks = blocks
+    def __init__(self, ids: range, block_tokens: int, ring_id: int | None = None) -> None:
+        self.ids = ids
         self.block_tokens = block_tokens
-        self._free = list(range(blocks))  # popped from the end: highest ids first
+        self._ring_id = ids.stop if ring_id is None else ring_id
         self._owned: dict[str, list[int]] = {}
+        self._free = self._heap(ids)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that exist."""
+        return len(self.ids)
 
     @property
     def free_blocks(self) -> int:
@@ -34,24 +47,68 @@ class BlockTable:
         return -(-tokens // self.block_tokens)
 
     def reserve(self, request_id: str, tokens: int) -> None:
-        """Give a new request room for `tokens` tokens.
+        """Give a request room for `tokens` tokens in all; what it owns already counts.
 
         Raises:
             DeviceMemoryError: not enough free blocks; nothing was taken.
         """
-        need = self.blocks_of(tokens)
+        owned = self._owned.get(request_id, [])
+        need = self.blocks_of(tokens) - len(owned)
         if need > len(self._free):
             raise DeviceMemoryError(
                 f"request {request_id} needs {need} KV blocks, {len(self._free)} are free"
             )
-        if request_id in self._owned:
-            raise DeviceMemoryError(f"request {request_id} owns KV blocks already")
-        self._owned[request_id] = [self._free.pop() for _ in range(need)]
+        taken = [heapq.heappop(self._free)[1] for _ in range(need)]
+        self._owned[request_id] = owned + taken
 
     def table(self, request_id: str) -> list[int]:
         """The request's blocks in token order."""
         return self._owned[request_id]
 
+    def owned_blocks(self, request_id: str) -> int:
+        """How many blocks the request owns; 0 for one that is not known."""
+        return len(self._owned.get(request_id, ()))
+
     def release(self, request_id: str) -> None:
         """Take a request's blocks back."""
-        self._free += reversed(self._owned.pop(request_id))
+        for block in self._owned.pop(request_id):
+            heapq.heappush(self._free, self._key(block))
+
+    def shortfall(self, ids: range) -> int:
+        """Blocks that must be released before `resize(ids)` can succeed."""
+        return max(0, self.blocks - self.free_blocks - len(ids))
+
+    def resize(self, ids: range) -> dict[int, int]:
+        """Let exactly `ids` exist; owned blocks outside are moved inside.
+
+        Returns:
+            old id -> new id, of every moved block. Their bytes are the caller's to copy, before
+            anybody writes to the new ones.
+
+        Raises:
+            DeviceMemoryError: more blocks are owned than `ids` has; nothing was changed.
+        """
+        if short := self.shortfall(ids):
+            raise DeviceMemoryError(
+                f"{self.blocks - self.free_blocks} KV blocks are in use, {len(ids)} are to be "
+                f"left; {short} must be freed first"
+            )
+        owned = {block for table in self._owned.values() for block in table}
+        free = self._heap(block for block in ids if block not in owned)
+        moves = {
+            block: heapq.heappop(free)[1]
+            for block in sorted(owned, reverse=True)
+            if block not in ids
+        }
+        for request_id, table in self._owned.items():
+            self._owned[request_id] = [moves.get(block, block) for block in table]
+        self.ids, self._free = ids, free
+        return moves
+
+    def _key(self, block: int) -> tuple[tuple[bool, int], int]:
+        return (block >= self._ring_id, -block), block
+
+    def _heap(self, blocks: Iterable[int]) -> list[tuple[tuple[bool, int], int]]:
+        heap = [self._key(block) for block in blocks]
+        heapq.heapify(heap)
+        return heap

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,7 @@ class KVCache:
     One copy moves a block with all its layers; strides give each layer its view.
 
     Args:
-        region: flat uint8, `blocks * block_bytes` long. It is zeroed: garbage can be NaN,
-            and NaN times a masked zero is NaN.
+        region: flat uint8, `blocks * block_bytes` long; parts of it may hold weights for now.
         kv: shape per layer.
     """
 
@@ -32,7 +33,6 @@ class KVCache:
         self.block_tokens = block_tokens
         nbytes = block_bytes(kv, block_tokens, dtype)
         self.blocks = region.numel() // nbytes
-        region.zero_()
         elements = region[: self.blocks * nbytes].view(dtype)
         stride = nbytes // dtype.itemsize
         self._whole = elements.view(self.blocks, stride)
@@ -51,8 +51,24 @@ class KVCache:
                 offset += layer.kv_heads * block_tokens * dim
 
     def clear(self, blocks: Tensor) -> None:
-        """Zero whole blocks (int64 ids) before their first token: an earlier owner's can be NaN."""
+        """Zero whole blocks (int64 ids) before their first token.
+
+        What lay there before (another request's, weights) can be NaN, and NaN times a masked
+        zero is NaN.
+        """
         self._whole.index_fill_(0, blocks, 0)
+
+    def move(self, moves: Mapping[int, int]) -> None:
+        """Copy blocks, old id -> new id, on the compute stream; no id is both."""
+        if moves:
+            device = self._whole.device
+            targets = torch.tensor(list(moves.values()), device=device)
+            sources = torch.tensor(list(moves), device=device)
+            self._whole.index_copy_(0, targets, self._whole.index_select(0, sources))
+
+    def bytes_of(self, block: int) -> Tensor:
+        """The flat uint8 bytes of one block, all layers."""
+        return self._whole[block].view(torch.uint8)
 
     def keys(self, layer: int) -> Tensor:
         """[blocks, kv_heads, block_tokens, k_dim]."""

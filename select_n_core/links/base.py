@@ -86,6 +86,10 @@ class Link(Protocol):
         """Issue a copy of equal-sized flat uint8 tensors; the host side must be registered."""
         ...
 
+    def move(self, target: Tensor, source: Tensor) -> None:
+        """Copy device to device as a part of compute: after what was issued before, at once."""
+        ...
+
     def compute_event(self) -> Event:
         """An event that happens when the compute issued so far has ended."""
         ...

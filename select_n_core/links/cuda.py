@@ -222,6 +222,11 @@ class CudaLink:
         self.counters.copies[direction, kind] += 1
         return CudaCopy(self._runtime, start, end)
 
+    def move(self, target: Tensor, source: Tensor) -> None:
+        """See `Link.move`."""
+        check_shapes(target, source)
+        self._runtime.copy_async(target, source, self._runtime.compute_stream())
+
     def compute_event(self) -> CudaEvent:
         """See `Link.compute_event`."""
         return CudaEvent(self._runtime, self._runtime.record(self._runtime.compute_stream()))

@@ -130,6 +130,11 @@ class EmulatedLink:
         self.counters.copies[direction, kind] += 1
         return copy
 
+    def move(self, target: Tensor, source: Tensor) -> None:
+        """See `Link.move`."""
+        check_shapes(target, source)
+        target.copy_(source)
+
     def compute_event(self) -> EmulatedEvent:
         """See `Link.compute_event`: the host is the compute stream, so it happens now."""
         event = EmulatedEvent()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from select_n_core.decisions.layout import DeviceLayout, ModelMemory, device_layout
 from select_n_core.decisions.order import offload_order, streamed_units
-from select_n_core.errors import DeviceMemoryError
+from select_n_core.errors import DeviceMemoryError, InputError
 from select_n_core.kv.attention import PagedAttention, Row
 from select_n_core.kv.blocks import BlockTable
 from select_n_core.kv.cache import KVCache, block_bytes
@@ -43,8 +43,10 @@ class Placement:
 
     Attributes:
         arena_bytes: the whole device budget for weights, KV and ring, exactly.
-        k: units streamed. slots: of the ring.
-        mirrors: units mirrored (m), at least k.
+        k: units streamed at first. slots: of the ring.
+        k_min: the least k may become; these units have no home. None is k.
+        k_max: the most k may become, if as many are mirrored. None is k.
+        mirrors: units mirrored at first (m), at least k. None is k.
         threads: torch threads on a CPU device; None follows `compute_threads`.
         poison: fill released slots with NaN.
     """
@@ -52,6 +54,8 @@ class Placement:
     arena_bytes: int
     k: int
     slots: int = 2
+    k_min: int | None = None
+    k_max: int | None = None
     mirrors: int | None = None
     block_tokens: int = 32
     threads: int | None = None
@@ -75,7 +79,7 @@ class StepRow:
 class Executor:
     """Runs steps of a model that was placed into an arena with k units in host memory.
 
-    The link is the caller's and must outlive the executor.
+    Between steps, `turn` changes k. The link is the caller's and must outlive the executor.
 
     Raises:
         DeviceMemoryError: the placement does not fit the arena.
@@ -90,15 +94,8 @@ class Executor:
         self.device = device
         self.memory = model_memory(model, placement.block_tokens)
         self.k = placement.k
-        self.streamed = streamed_units(self.memory.units, placement.k)
         self._closed = False
-        layout = device_layout(self.memory, placement.arena_bytes, placement.k, placement.slots)
-        if layout is None:
-            raise DeviceMemoryError(
-                f"{placement.k} of {self.memory.units} units streamed do not fit an arena of "
-                f"{placement.arena_bytes} bytes; raise device_memory or stream more"
-            )
-        self.layout: DeviceLayout = layout
+        self.layout = self._layout()
         self.arena = Arena(placement.arena_bytes, device)
         self._mirrors = self._fill_mirrors()
         self._streamer = WeightStreamer(
@@ -107,17 +104,53 @@ class Executor:
             {unit: host.bytes for unit, host in self._mirrors.items()},
             [self.arena.region(offset, self.memory.slot_bytes) for offset in self.layout.slots],
             link,
+            streamed=self.streamed,
             poison=placement.poison,
         )
         self.cache = KVCache(
             self.arena.region(
-                self.layout.kv_offset, self.layout.kv_blocks * self.memory.kv_block_bytes
+                self.layout.lattice_offset,
+                self.layout.lattice_blocks * self.memory.kv_block_bytes,
             ),
             model.kv,
             placement.block_tokens,
             model.dtype,
         )
-        self.blocks = BlockTable(self.layout.kv_blocks, placement.block_tokens)
+        self.blocks = BlockTable(
+            self.layout.kv_ids(self.k), placement.block_tokens, self.layout.ring_id
+        )
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """The units that k says are to be streamed, in call order."""
+        return streamed_units(self.memory.units, self.k)
+
+    @property
+    def m(self) -> int:
+        """Units mirrored; k may rise to as many."""
+        return len(self._mirrors)
+
+    def shortfall(self, k: int) -> int:
+        """KV blocks that must be released before `turn(k)`."""
+        return self.blocks.shortfall(self._kept_ids(k))
+
+    def turn(self, k: int) -> None:
+        """Stream pi's first `k` units from the next step on.
+
+        Costs no link bytes: a demoted unit's mirror exists, a promoted unit's next copy goes to
+        its home. KV blocks in homes that are needed again move now; the homes and slots that the
+        next step frees hold KV after it.
+
+        Raises:
+            DeviceMemoryError: `shortfall(k)` blocks are in the way; nothing was changed.
+            InputError: k is not between k_min and what is mirrored.
+        """
+        if k > self.m:
+            raise InputError(f"k can be {self.m} at most, as many are mirrored; got {k}", field="k")
+        moves = self.blocks.resize(self._kept_ids(k))
+        with torch.inference_mode():
+            self.cache.move(moves)
+        self.k = k
 
     @property
     def host_bytes(self) -> int:
@@ -160,6 +193,9 @@ class Executor:
                 logits_to_keep=torch.tensor(ends, dtype=torch.long, device=self.device),
                 select_n=attention,
             ).logits[0]
+        # Every unit had its turn since k was set: what is not needed any more holds KV now.
+        if self.blocks.ids != (lent := self.layout.kv_ids(self.k)):
+            self.blocks.resize(lent)
         return logits
 
     def close(self) -> None:
@@ -180,6 +216,23 @@ class Executor:
         self._mirrors.clear()
         self.arena.close()
 
+    def _layout(self) -> DeviceLayout:
+        placement, k = self.placement, self.k
+        k_min = k if placement.k_min is None else placement.k_min
+        most = k if placement.k_max is None else placement.k_max
+        layout = device_layout(self.memory, placement.arena_bytes, k_min, placement.slots, most)
+        if layout is None:
+            raise DeviceMemoryError(
+                f"{k_min} of {self.memory.units} units streamed do not fit an arena of "
+                f"{placement.arena_bytes} bytes; raise device_memory or stream more"
+            )
+        return layout
+
+    def _kept_ids(self, k: int) -> range:
+        """The KV blocks that exist now and may stay while k turns to `k`."""
+        now, then = self.blocks.ids, self.layout.kv_ids(k)
+        return range(max(now.start, then.start), min(now.stop, then.stop))
+
     def _fill_mirrors(self) -> dict[int, HostMap]:
         count = self.placement.mirrors if self.placement.mirrors is not None else self.k
         mirrors: dict[int, HostMap] = {}
@@ -198,7 +251,8 @@ class Executor:
         homes: dict[int, Tensor] = {}
         for unit, offset in self.layout.homes.items():
             home = self.arena.region(offset, self.model.units[unit].nbytes)
-            self.model.units[unit].fill(home)
+            if unit not in self.streamed:
+                self.model.units[unit].fill(home)
             homes[unit] = home
         return homes
 

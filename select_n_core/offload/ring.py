@@ -1,12 +1,17 @@
-"""The staging ring's book: monotonic tickets, each owned by one unit, the slot from the ticket.
+"""The ring's book: which bytes each unit computes from, decided turn by turn.
 
-Slots are never found by layer index: `slot = index % d` overwrites live weights as soon as the
-number of streamed units is no multiple of d. A look-up names ticket *and* unit, and fails loudly.
+Units compute in call order, iteration after iteration; one unit's computing is a *turn*. A cursor
+runs ahead of the computing and decides each turn once, by the units that are wanted in host
+memory at that moment: from a slot, from home, or from home after one last copy. What was decided
+stands, so two plans may be alive at a time. A look-up names the unit and fails loudly: slots are
+never found by layer index, which would overwrite live weights as soon as the number of streamed
+units is no multiple of the number of slots.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from select_n_core.errors import StreamingError
@@ -14,62 +19,151 @@ from select_n_core.errors import StreamingError
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The right of `unit` to use `slot`, from the copy's issue until the unit's release."""
+    """One copy of `unit`, for one turn.
+
+    Attributes:
+        turn: counted over all iterations; the copy must have ended when it begins.
+        slot: the copy's target, owned until the turn's end; None is the unit's home, for good.
+    """
 
     number: int
+    turn: int
     unit: int
-    slot: int
+    slot: int | None
 
 
 class Ring:
-    """Tickets in flight over `slots` slots, first issued first acquired."""
+    """Tickets over `slots` slots for `units` units, of which `streamed` have no bytes at home."""
 
-    def __init__(self, slots: int) -> None:
-        if slots < 1:
-            raise StreamingError(f"a ring needs at least one slot, got {slots}")
+    def __init__(self, units: int, slots: int, streamed: Iterable[int] = ()) -> None:
+        self.units = units
         self.slots = slots
-        self._next = 0
-        self._issued: deque[Ticket] = deque()
-        self._acquired: Ticket | None = None
+        self._wanted = frozenset(streamed)
+        self._home = set(range(units)) - self._wanted
+        self._now = 0  # the turn that computes next
+        self._cursor = 0  # the first turn that is not decided yet
+        self._computing = False
+        self._tickets: deque[Ticket] = deque()
+        self._numbers = 0
+        self._slot_tickets = 0  # ever issued
+        self._slots_held = 0
+
+    @property
+    def wanted(self) -> frozenset[int]:
+        """The units that are to be streamed."""
+        return self._wanted
+
+    @property
+    def at_home(self) -> frozenset[int]:
+        """Units whose next undecided turn needs no copy."""
+        return frozenset(self._home)
 
     @property
     def in_flight(self) -> int:
         """Tickets issued and not yet released."""
-        return len(self._issued) + (self._acquired is not None)
+        return len(self._tickets)
 
-    def issue(self, unit: int) -> Ticket:
-        """The next ticket, for `unit`; its slot is free or just released."""
-        if self.in_flight >= self.slots:
+    def want(self, streamed: Iterable[int]) -> None:
+        """Stream these units from the first turn of each that is not decided yet.
+
+        Raises:
+            StreamingError: between `acquire` and `release`.
+        """
+        self._between_turns("the streamed units change")
+        self._wanted = frozenset(streamed)
+
+    def leave_home(self) -> list[int]:
+        """Units to be streamed whose bytes at home no decided turn needs any more.
+
+        Their homes may be used for something else. After an iteration that began after `want`,
+        every wanted unit has left.
+        """
+        leaving = [
+            unit
+            for unit in sorted(self._wanted & self._home)
+            if self._now + (unit - self._now) % self.units >= self._cursor
+        ]
+        self._home.difference_update(leaving)
+        return leaving
+
+    def issue(self) -> Ticket | None:
+        """Decide turns up to the next one that needs a copy; None if no slot is free for it.
+
+        A unit's turn is decided once its last one is over, or has begun in a slot: one iteration
+        ahead at most.
+        """
+        while self._cursor <= self._now + self.units:
+            unit = self._cursor % self.units
+            if self._cursor == self._now + self.units and (
+                not self._computing or unit not in self._wanted or unit in self._home
+            ):
+                return None
+            if unit in self._wanted:
+                if self._slots_held == self.slots:
+                    return None
+                self._home.discard(unit)
+                slot = self._slot_tickets % self.slots
+                self._slot_tickets += 1
+                self._slots_held += 1
+                return self._ticket(unit, slot)
+            if unit not in self._home:
+                self._home.add(unit)
+                return self._ticket(unit, None)
+            self._cursor += 1
+        return None
+
+    def acquire(self, unit: int) -> Ticket | None:
+        """Begin the unit's turn; its ticket, or None if its bytes are at home.
+
+        A unit in a slot that is not to be streamed any more counts as at home from here on: its
+        bytes are on the device, and the caller moves them home when the turn ends.
+        """
+        self._between_turns(f"unit {unit} is acquired")
+        if self._now % self.units != unit:
             raise StreamingError(
-                f"no free slot for unit {unit}: {self.in_flight} of {self.slots} in flight"
+                f"unit {unit} is computed out of turn: unit {self._now % self.units} is next"
             )
-        ticket = Ticket(self._next, unit, self._next % self.slots)
-        self._next += 1
-        self._issued.append(ticket)
-        return ticket
+        if self._cursor <= self._now:
+            raise StreamingError(f"unit {unit} is computed now, but no slot was free for its copy")
+        self._computing = True
+        if not self._tickets or self._tickets[0].turn != self._now:
+            return None
+        if unit not in self._wanted:
+            self._home.add(unit)
+        return self._tickets[0]
 
-    def acquire(self, unit: int) -> Ticket:
-        """The oldest ticket, which must be `unit`'s."""
-        if self._acquired is not None:
-            raise StreamingError(
-                f"unit {unit} acquired before unit {self._acquired.unit} was released"
-            )
-        if not self._issued or self._issued[0].unit != unit:
-            held = f"unit {self._issued[0].unit}" if self._issued else "nothing"
-            raise StreamingError(f"unit {unit} is computed now, but the ring holds {held} next")
-        self._acquired = self._issued.popleft()
-        return self._acquired
-
-    def release(self, unit: int) -> Ticket:
-        """Give the ticket back; its slot may be refilled after the compute that read it."""
-        ticket = self._acquired
-        if ticket is None or ticket.unit != unit:
-            raise StreamingError(f"unit {unit} released without a ticket of its own")
-        self._acquired = None
+    def release(self, unit: int) -> Ticket | None:
+        """End the unit's turn; its slot may be refilled after the compute that read it."""
+        if not self._computing or self._now % self.units != unit:
+            raise StreamingError(f"unit {unit} is released, but it is not its turn")
+        ticket = None
+        if self._tickets and self._tickets[0].turn == self._now:
+            ticket = self._tickets.popleft()
+            self._slots_held -= ticket.slot is not None
+        self._computing = False
+        self._now += 1
         return ticket
 
     def abandon(self) -> None:
-        """Forget every ticket in flight (their copies must have ended); numbers go on."""
-        self._issued.clear()
-        self._acquired = None
-        self._next += -self._next % self.slots
+        """Forget every ticket in flight (their copies must have ended) and start an iteration.
+
+        A home whose copy was not used yet does not count as filled: the copy may have failed.
+        """
+        self._home -= {ticket.unit for ticket in self._tickets}
+        self._tickets.clear()
+        self._slots_held = 0
+        self._slot_tickets += -self._slot_tickets % max(1, self.slots)
+        self._computing = False
+        self._now += -self._now % self.units
+        self._cursor = self._now
+
+    def _ticket(self, unit: int, slot: int | None) -> Ticket:
+        ticket = Ticket(self._numbers, self._cursor, unit, slot)
+        self._numbers += 1
+        self._cursor += 1
+        self._tickets.append(ticket)
+        return ticket
+
+    def _between_turns(self, what: str) -> None:
+        if self._computing:
+            raise StreamingError(f"{what} before unit {self._now % self.units} was released")

@@ -2,13 +2,15 @@
 
 Streaming is a context around the forward (`with streamer.iteration(streamed): model(...)`).
 Hooks on the layers acquire before and release after; acquire makes compute wait, release lets
-the slot be refilled with the unit d tickets ahead, cyclically across iterations.
+the slot be refilled with the unit d tickets ahead, cyclically across iterations. Turning k costs
+no copy of its own: a demoted unit's bytes are in its mirror already, and a promoted unit's next
+copy goes to its home and stays there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,11 +51,15 @@ class Span:
 class WeightStreamer:
     """Owns the staging ring and points units at homes and slots.
 
+    The bytes of homes and slots belong to the caller, who may use a home for something else once
+    its unit has left (`at_home`), and the slots while nothing is streamed.
+
     Args:
         units: in call order, with the module that carries each.
-        homes: unit -> its permanent device buffer.
+        homes: unit -> its permanent device buffer, filled unless the unit is in `streamed`.
         mirrors: unit -> its host buffer, registered with `link`.
         slots: the staging buffers.
+        streamed: the units that start in host memory; by default those without a home.
         poison: fill every released slot with NaN, to prove that nobody reads it.
     """
 
@@ -65,6 +71,7 @@ class WeightStreamer:
         slots: Sequence[Tensor],
         link: Link,
         *,
+        streamed: Iterable[int] | None = None,
         poison: bool = False,
     ) -> None:
         self._units = [unit for unit, _ in units]
@@ -72,21 +79,19 @@ class WeightStreamer:
         self._mirrors = dict(mirrors)
         self._slots = list(slots)
         self._slot_free: list[Event | None] = [None] * len(self._slots)
+        self._homes_free: Event | None = None  # of those to be promoted
         self._link = link
         self._poison = poison
-        self._ring = Ring(len(self._slots)) if self._slots else None
+        if streamed is None:
+            streamed = set(range(len(self._units))) - self._homes.keys()
+        self._ring = Ring(len(self._units), len(self._slots), streamed)
         self._copies: dict[int, Copy] = {}  # by ticket number
-        self._streamed: tuple[int, ...] = ()
-        self._streamed_set: frozenset[int] = frozenset()
-        self._cursor = 0  # place in `_streamed` of the next ticket to issue
+        self._bound: set[int] = set()  # units that point at their homes
         self._active = False
         self.span = Span()
         self.streamed_units = 0
-        for index, home in self._homes.items():
-            self._units[index].bind(home)
-        for index, unit in enumerate(self._units):
-            if index not in self._homes:
-                unit.unbind()
+        self.promoted_units = 0
+        self._point_at_homes()
         self._handles = [
             handle
             for index, (_, module) in enumerate(units)
@@ -96,53 +101,86 @@ class WeightStreamer:
             )
         ]
 
-    @contextmanager
-    def iteration(self, streamed: tuple[int, ...]) -> Iterator[None]:
-        """One forward with `streamed` units (in call order) taken through the ring.
+    @property
+    def at_home(self) -> frozenset[int]:
+        """Units that keep their homes busy; all others' homes are free to use between iterations.
 
-        A forward that raises drains the ring; the next iteration starts cold.
+        After an iteration with other `streamed` units than before, none of these is among them.
+        """
+        return self._ring.at_home
+
+    @contextmanager
+    def iteration(self, streamed: Collection[int]) -> Iterator[None]:
+        """One forward; `streamed` units are taken through the ring as soon as that is possible.
+
+        The homes of units that are not to be streamed any more, and the slots if any are, must
+        be free when it begins. A forward that raises drains the ring; the next iteration starts
+        cold.
         """
         if self._active:
             raise StreamingError("an iteration is running already; iterations do not nest")
-        self._check(streamed)
-        if streamed != self._streamed:
-            self._restart(streamed)
+        wanted = frozenset(streamed)
+        if wanted != self._ring.wanted:
+            self._check(wanted)
+            self._ring.want(wanted)
+            # What held KV until now may be overwritten once the compute issued so far is over.
+            self._homes_free = self._link.compute_event()
+            self._slot_free = [self._homes_free] * len(self._slots)
+            self._leave_homes()
         self.span = Span()
         self._active = True
         try:
-            if streamed and self._ring is not None and self._ring.in_flight == 0:
-                for _ in range(self._ring.slots):
-                    self._issue()
+            self._issue()
             yield
         except BaseException:
-            self._restart(streamed)
+            self._restart()
             raise
+        else:
+            self._leave_homes()
         finally:
             self._active = False
 
     def acquire(self, unit: int) -> None:
         """Make `unit`'s bytes present: compute waits for its copy, the host does not."""
-        if unit not in self._streamed_set or self._ring is None:
-            return
         ticket = self._ring.acquire(unit)
-        self._link.wait(self._copies.pop(ticket.number))
-        self._units[unit].bind(self._slots[ticket.slot])
+        if ticket is not None:
+            self._link.wait(self._copies.pop(ticket.number))
+            if ticket.slot is None:
+                self._units[unit].bind(self._homes[unit])
+                self._bound.add(unit)
+            else:
+                self._units[unit].bind(self._slots[ticket.slot])
+        self._issue()  # with more slots than streamed units, this one's next copy may begin
 
     def release(self, unit: int) -> None:
         """Let `unit`'s slot be refilled once the compute issued so far has read it."""
-        if unit not in self._streamed_set or self._ring is None:
-            return
         ticket = self._ring.release(unit)
-        self._units[unit].unbind()
-        if self._poison:
-            self._slots[ticket.slot].fill_(_POISON)
-        self._slot_free[ticket.slot] = self._link.compute_event()
-        self.streamed_units += 1
+        if ticket is not None:
+            self.streamed_units += 1
+            if unit not in self._ring.wanted:
+                self.promoted_units += 1
+            if ticket.slot is not None:
+                self._empty(unit, self._slots[ticket.slot])
+                self._slot_free[ticket.slot] = self._link.compute_event()
         self._issue()
+
+    def add_mirror(self, unit: int, mirror: Tensor) -> None:
+        """Let `unit` be streamed from `mirror`, which is filled and registered."""
+        self._mirrors[unit] = mirror
+
+    def drop_mirror(self, unit: int) -> None:
+        """Forget `unit`'s mirror.
+
+        Raises:
+            StreamingError: the unit is streamed, or a copy from the mirror is still to be used.
+        """
+        if unit not in self._bound or unit in self._ring.wanted:
+            raise StreamingError(f"unit {unit} still needs its mirror; promote it first")
+        self._mirrors.pop(unit, None)
 
     def close(self) -> None:
         """Drain the ring and take the hooks off."""
-        self._restart(())
+        self._restart()
         for handle in self._handles:
             handle.remove()
         self._homes.clear()
@@ -150,52 +188,72 @@ class WeightStreamer:
         self._slots.clear()
 
     def _issue(self) -> None:
-        assert self._ring is not None
-        unit = self._streamed[self._cursor]
-        self._cursor = (self._cursor + 1) % len(self._streamed)
-        ticket = self._ring.issue(unit)
-        free = self._slot_free[ticket.slot]
-        nbytes = self._units[unit].nbytes
-        self._copies[ticket.number] = self._link.copy(
-            self._slots[ticket.slot][:nbytes],
-            self._mirrors[unit][:nbytes],
-            kind=WEIGHTS,
-            after=() if free is None else (free,),
-        )
+        """Issue every copy that has a place to go to."""
+        while (ticket := self._ring.issue()) is not None:
+            unit = self._units[ticket.unit]
+            if ticket.slot is None:
+                target, free = self._homes[ticket.unit], self._homes_free
+            else:
+                target, free = self._slots[ticket.slot], self._slot_free[ticket.slot]
+                self._unbind_home(ticket.unit)
+            self._copies[ticket.number] = self._link.copy(
+                target[: unit.nbytes],
+                self._mirrors[ticket.unit][: unit.nbytes],
+                kind=WEIGHTS,
+                after=() if free is None else (free,),
+            )
 
-    def _restart(self, streamed: tuple[int, ...]) -> None:
-        """Drain the ring and start cold with another set of streamed units."""
+    def _empty(self, unit: int, slot: Tensor) -> None:
+        """Leave a slot; a unit that was promoted while it was on its way here goes home."""
+        nbytes = self._units[unit].nbytes
+        if unit in self._ring.wanted:
+            self._units[unit].unbind()
+        else:
+            self._link.move(self._homes[unit][:nbytes], slot[:nbytes])
+            self._units[unit].bind(self._homes[unit])
+            self._bound.add(unit)
+        if self._poison:
+            slot.fill_(_POISON)
+
+    def _leave_homes(self) -> None:
+        for unit in self._ring.leave_home():
+            self._unbind_home(unit)
+
+    def _unbind_home(self, unit: int) -> None:
+        if unit in self._bound:
+            self._bound.remove(unit)
+            self._units[unit].unbind()
+
+    def _restart(self) -> None:
+        """Drain the ring; the next iteration starts cold."""
         self._link.drain()
-        if self._ring is not None:
-            self._ring.abandon()
+        self._ring.abandon()
         self._copies.clear()
-        # Compute that was issued so far may still read a slot: a forward that raised released
-        # nothing, and a fresh arena may be memory that its last owner's compute still uses.
+        # Compute that was issued so far may still read a slot or a home: a forward that raised
+        # released nothing, and a fresh arena may be memory that its last owner's compute uses.
         now = self._link.compute_event()
         self._slot_free = [now] * len(self._slots)
-        for unit in self._streamed:
-            if unit in self._homes:
-                self._units[unit].bind(self._homes[unit])
-            else:
-                self._units[unit].unbind()
-        self._streamed = streamed
-        self._streamed_set = frozenset(streamed)
-        self._cursor = 0
+        self._homes_free = now
+        self._point_at_homes()
+        self._leave_homes()
 
-    def _check(self, streamed: tuple[int, ...]) -> None:
-        if streamed == self._streamed:
-            return
-        if list(streamed) != sorted(set(streamed)):
-            raise StreamingError(f"streamed units must be in call order, got {streamed}")
-        if streamed and self._ring is None:
+    def _point_at_homes(self) -> None:
+        self._bound = set(self._ring.at_home)
+        for index, unit in enumerate(self._units):
+            if index in self._bound:
+                unit.bind(self._homes[index])
+            else:
+                unit.unbind()
+
+    def _check(self, streamed: frozenset[int]) -> None:
+        if streamed and not self._slots:
             raise StreamingError("nothing can be streamed: the arena has no staging ring")
-        if missing := [unit for unit in streamed if unit not in self._mirrors]:
-            raise StreamingError(f"units {missing} have no mirror to stream from")
-        streaming = set(streamed)
+        if unknown := [unit for unit in sorted(streamed) if unit not in self._mirrors]:
+            raise StreamingError(f"units {unknown} have no mirror to stream from")
         homeless = [
             unit
             for unit in range(len(self._units))
-            if unit not in self._homes and unit not in streaming
+            if unit not in self._homes and unit not in streamed
         ]
         if homeless:
             raise StreamingError(f"units {homeless} have no home and must be streamed")

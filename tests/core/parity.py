@@ -1,6 +1,6 @@
 """Greedy decoding with a placed model beside transformers' own: the body of every parity test."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,11 +64,12 @@ def answers_of(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     chunk: int | None = None,
+    between: Callable[[int], None] = lambda _step: None,
 ) -> list[Answer]:
     """Greedy answers of a placed model, served as a continuous batch.
 
     Request i joins at step i and prefills `chunk` tokens a step (None: all at once), so that
-    steps mix first chunks, later chunks and decoding rows.
+    steps mix first chunks, later chunks and decoding rows. `between` is called before each step.
     """
     tokens = [list(prompt) for prompt in prompts]
     logits: list[list[Tensor]] = [[] for _ in prompts]
@@ -77,6 +78,7 @@ def answers_of(
         executor.blocks.reserve(f"r{index}", len(prompt) + new_tokens)
     step = 0
     while running := [i for i in range(len(prompts)) if len(logits[i]) < new_tokens]:
+        between(step)
         rows, wanted = [], []
         for i in running:
             if i > step:
@@ -118,13 +120,23 @@ def placed(
     kv_blocks: int = 24,
     block_tokens: int = 8,
     mirrors: int | None = None,
+    k_min: int | None = None,
     poison: bool = False,
 ) -> Iterator[Executor]:
-    """`model` in the smallest arena that holds `kv_blocks` with k units streamed."""
-    arena_bytes = arena_bytes_for(model_memory(model, block_tokens), k, slots, kv_blocks)
+    """`model` in the smallest arena that holds `kv_blocks` with k units streamed.
+
+    With `k_min`, k may turn between it and what is mirrored; the blocks fit at `k_min` then.
+    """
+    memory = model_memory(model, block_tokens)
+    least = k if k_min is None else k_min
+    arena_bytes = arena_bytes_for(memory, least, slots, kv_blocks)
+    if least == 0 < (mirrors or 0):
+        arena_bytes += slots * memory.slot_bytes  # the ring has a place of its own
     placement = Placement(
         arena_bytes=arena_bytes,
         k=k,
+        k_min=k_min,
+        k_max=None if k_min is None else mirrors,
         slots=slots,
         mirrors=mirrors,
         block_tokens=block_tokens,

@@ -1,5 +1,6 @@
 """The streaming is real: checks over a placed Llama, shared by every link that can run them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -51,11 +52,15 @@ class Bench:
     def placed(self, **placement: Any):
         return placed(self.model, self.link, self.device, **placement)
 
-    def answers(self, executor: Executor) -> list[Answer]:
-        return answers_of(executor, self.prompts, NEW_TOKENS, CHUNK)
+    def answers(
+        self, executor: Executor, between: Callable[[int], None] = lambda _step: None
+    ) -> list[Answer]:
+        return answers_of(executor, self.prompts, NEW_TOKENS, CHUNK, between)
 
-    def check_answers(self, executor: Executor) -> None:
-        assert_same(self.answers(executor), self.expected, self.atol)
+    def check_answers(
+        self, executor: Executor, between: Callable[[int], None] = lambda _step: None
+    ) -> None:
+        assert_same(self.answers(executor, between), self.expected, self.atol)
 
     def one_step(self, executor: Executor) -> Tensor:
         """The logits after the first prompt, on the CPU."""
@@ -137,7 +142,7 @@ def check_link_bytes(bench: Bench, k: int, slots: int, iterations: int) -> None:
         sent = bench.link.counters.bytes[SENT] - before
         unit_bytes = executor.memory.unit_bytes[0]
         assert executor.memory.unit_bytes == (unit_bytes,) * LAYERS
-        assert sent == (iterations * k + slots * (k > 0)) * unit_bytes
+        assert sent == (iterations * k + min(slots, k)) * unit_bytes
         assert executor.streamer.streamed_units == iterations * k
 
 
@@ -168,3 +173,39 @@ def check_that_close_gives_everything_back(bench: Bench) -> None:
         assert all(tensor.numel() == 0 for tensor in unit.tensors())
     with bench.placed(k=LAYERS, slots=3) as executor:
         bench.check_answers(executor)
+
+
+def check_turning_k(bench: Bench, ks: Sequence[int], slots: int) -> None:
+    """k moves before every step: the same tokens, no byte for nothing, KV that follows k."""
+    with bench.placed(k=ks[0], k_min=0, mirrors=LAYERS, slots=slots, poison=True) as executor:
+        before, streamed, last = bench.link.counters.bytes[SENT], 0, ks[0]
+
+        def turn(step: int) -> None:
+            nonlocal streamed, last
+            if step:
+                assert executor.blocks.ids == executor.layout.kv_ids(last)
+            executor.turn(ks[step % len(ks)])
+            streamed += max(last, executor.k)
+            last = executor.k
+
+        bench.check_answers(executor, between=turn)
+        assert executor.blocks.ids == executor.layout.kv_ids(last)
+        sent = bench.link.counters.bytes[SENT] - before
+        assert sent <= (streamed + min(slots, last)) * executor.memory.unit_bytes[0]
+        for unit in range(LAYERS):
+            away = all(tensor.numel() == 0 for tensor in bench.model.units[unit].tensors())
+            assert away == (unit in executor.streamed)
+
+
+def check_steady_bytes_after_turning(bench: Bench) -> None:
+    """Once k stands still again, an iteration moves k units, as if it had never moved."""
+    with bench.placed(k=4, k_min=0, mirrors=LAYERS) as executor:
+        for k in (4, 1, 3, 0, 2):
+            executor.turn(k)
+            bench.one_step(executor)
+        bench.one_step(executor)
+        before = bench.link.counters.bytes[SENT]
+        for _ in range(3):
+            bench.one_step(executor)
+        sent = bench.link.counters.bytes[SENT] - before
+        assert sent == 3 * 2 * executor.memory.unit_bytes[0]

@@ -6,6 +6,8 @@ import weakref
 import pytest
 import streaming
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from parity import CPU, answers_of, answers_of_transformers, assert_same, placed, random_prompts
 from streaming import LAYERS, Bench
 from tiny import VOCAB_SIZE, save_tiny, tiny_llama
@@ -104,8 +106,8 @@ def test_an_arena_of_any_size_is_used_to_the_last_block(bench, link):
     arena_bytes = arena_bytes_for(memory, k=1, slots=2, blocks=3) + 12345
     executor = Executor(bench.model, Placement(arena_bytes, k=1, block_tokens=8), link, CPU)
     assert executor.arena.nbytes == arena_bytes
-    assert executor.layout.kv_blocks == 3 + (12345 // 256 * 256) // memory.kv_block_bytes
-    assert executor.cache.blocks == executor.blocks.free_blocks == executor.layout.kv_blocks
+    assert executor.blocks.blocks == 3 + (12345 // 256 * 256) // memory.kv_block_bytes
+    assert executor.cache.blocks == executor.blocks.free_blocks == executor.blocks.blocks
     bench.one_step(executor)
     executor.close()
 
@@ -183,3 +185,58 @@ def test_tied_embeddings_are_static_and_stored_once(link):
     with placed(model, link, k=2) as executor:
         assert_same(answers_of(executor, prompts, 4), expected, atol=1e-4)
         assert module.lm_head.weight is module.model.embed_tokens.weight
+
+
+class TestTurningK:
+    @given(st.lists(st.integers(0, LAYERS), min_size=1, max_size=12), st.integers(1, 4))
+    @settings(max_examples=25, deadline=None)
+    def test_tokens_do_not_notice_and_no_byte_moves_for_nothing(self, bench, ks, slots):
+        streaming.check_turning_k(bench, ks, slots)
+
+    def test_an_iteration_moves_k_units_once_k_stands_still(self, bench):
+        streaming.check_steady_bytes_after_turning(bench)
+
+    def test_kv_blocks_come_with_k_and_go_with_it(self, bench):
+        with bench.placed(k=1, k_min=0, mirrors=4) as executor:
+            few = executor.blocks.blocks
+            executor.turn(4)
+            assert executor.blocks.blocks == few  # the homes are in use until the next step
+            bench.one_step(executor)
+            many = executor.blocks.blocks
+            gained = 3 * executor.memory.unit_bytes[0] // executor.memory.kv_block_bytes
+            assert gained <= many - few <= gained + 1
+            executor.turn(1)
+            assert executor.blocks.blocks == few
+
+    def test_blocks_in_a_home_that_is_needed_move_and_keep_what_they_hold(self, bench):
+        with bench.placed(k=4, k_min=1, mirrors=4, kv_blocks=13, poison=True) as executor:
+
+            def crowd(step: int) -> None:
+                """The first blocks are taken, so that others lie in lent homes; then all go."""
+                if step == 0:
+                    return
+                if step == 4:
+                    executor.blocks.release("crowd")
+                    assert executor.shortfall(1) == 0
+                    executor.turn(1)
+
+            executor.blocks.reserve("crowd", 8 * 8)
+            moved = executor.blocks.table("crowd")[0]
+            bench.check_answers(executor, between=crowd)
+            assert moved in executor.blocks.ids
+
+    def test_too_many_blocks_in_use_say_how_many_must_go_and_change_nothing(self, bench):
+        with bench.placed(k=3, k_min=0, mirrors=3) as executor:
+            executor.blocks.reserve("all", executor.blocks.free_tokens)
+            short = executor.shortfall(1)
+            assert short > 0
+            with pytest.raises(DeviceMemoryError, match=f"{short} must be freed first"):
+                executor.turn(1)
+            assert executor.k == 3
+
+    def test_k_stays_between_its_bounds(self, bench):
+        with bench.placed(k=2, k_min=1, mirrors=3) as executor:
+            with pytest.raises(InputError, match="k must be between 1 and 3"):
+                executor.turn(0)
+            with pytest.raises(InputError, match="k can be 3 at most"):
+                executor.turn(4)

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from select_n_core.decisions.layout import ModelMemory, arena_bytes_for, device_layout
 from select_n_core.decisions.order import offload_order
-from select_n_core.errors import DeviceMemoryError, InputError
-from select_n_core.kv.blocks import BlockTable
+from select_n_core.errors import InputError
 
 ALIGNED = st.integers(1, 40).map(lambda pages: pages * 256)
 
@@ -29,11 +28,18 @@ def placements(draw, **shape):
     return memory, arena_bytes, k, slots
 
 
+def kv_blocks(layout):
+    return len(layout.kv_ids(layout.k_min))
+
+
 def regions(memory, layout):
     """(start, end) of everything that has a place."""
     found = [(0, memory.static_bytes)]
     found += [(at, at + memory.unit_bytes[unit]) for unit, at in layout.homes.items()]
-    found.append((layout.kv_offset, layout.kv_offset + layout.kv_blocks * memory.kv_block_bytes))
+    ids = layout.kv_ids(layout.k_min)
+    found.append(
+        tuple(layout.lattice_offset + i * memory.kv_block_bytes for i in (ids.start, ids.stop))
+    )
     return found + [(at, at + memory.slot_bytes) for at in layout.slots]
 
 
@@ -60,7 +66,7 @@ def test_units_are_at_home_or_streamed_and_only_streaming_has_a_ring(placement):
 def test_no_room_for_another_block_is_left_over(placement):
     memory, arena_bytes, k, slots = placement
     layout = device_layout(*placement)
-    spare = arena_bytes - arena_bytes_for(memory, k, slots, layout.kv_blocks)
+    spare = arena_bytes - arena_bytes_for(memory, k, slots, kv_blocks(layout))
     assert 0 <= spare < memory.kv_block_bytes + 256
 
 
@@ -76,9 +82,9 @@ def test_the_next_unit_to_be_demoted_lives_beside_the_kv_blocks(placement):
 def test_the_smallest_arena_for_some_blocks_holds_exactly_those(memory, slots, blocks, data):
     k = data.draw(st.integers(0, memory.units))
     nbytes = arena_bytes_for(memory, k, slots, blocks)
-    assert device_layout(memory, nbytes, k, slots).kv_blocks == blocks
+    assert kv_blocks(device_layout(memory, nbytes, k, slots)) == blocks
     less = device_layout(memory, nbytes - 1, k, slots)
-    assert less is None or less.kv_blocks < blocks
+    assert less is None or kv_blocks(less) < blocks
 
 
 @given(placements(), st.data())
@@ -86,7 +92,7 @@ def test_streaming_one_more_unit_never_costs_kv_blocks(placement, data):
     memory, arena_bytes, k, slots = placement
     if 0 < k < memory.units:
         more = device_layout(memory, arena_bytes, k + 1, slots)
-        assert more.kv_blocks >= device_layout(*placement).kv_blocks
+        assert kv_blocks(more) >= kv_blocks(device_layout(*placement))
 
 
 @given(memories(even=True, least_units=6), st.integers(1, 4), st.data())
@@ -98,9 +104,9 @@ def test_with_equal_units_streaming_gains_all_but_the_ring(memory, slots, data):
     gained = homes_end(memory, resident) - homes_end(memory, streaming)
     assert gained - slots * memory.slot_bytes == (k - slots) * memory.slot_bytes
     if k > slots:
-        assert streaming.kv_blocks >= resident.kv_blocks
+        assert kv_blocks(streaming) >= kv_blocks(resident)
     if k < slots:
-        assert streaming.kv_blocks <= resident.kv_blocks
+        assert kv_blocks(streaming) <= kv_blocks(resident)
 
 
 def homes_end(memory, layout):
@@ -127,38 +133,52 @@ def test_k_outside_the_model_is_refused(k):
         device_layout(ModelMemory(256, (256, 256), 256, 16), 10_000, k, 2)
 
 
-class TestBlockTable:
-    def test_a_request_gets_whole_blocks_for_its_tokens(self):
-        blocks = BlockTable(4, 16)
-        blocks.reserve("a", 17)
-        assert len(blocks.table("a")) == 2
-        assert (blocks.free_blocks, blocks.free_tokens) == (2, 32)
+class TestMovingK:
+    """One layout for every k from k_min to k_max."""
 
-    def test_what_does_not_fit_takes_nothing(self):
-        blocks = BlockTable(2, 16)
-        with pytest.raises(DeviceMemoryError, match="request a needs 3 KV blocks, 2 are free"):
-            blocks.reserve("a", 33)
-        assert blocks.free_blocks == 2
+    @given(placements(), st.data())
+    def test_the_blocks_at_each_k_are_those_of_a_layout_of_its_own(self, placement, data):
+        memory, arena_bytes, k_min, slots = placement
+        if not k_min:
+            return
+        k = data.draw(st.integers(k_min, memory.units))
+        moving = device_layout(memory, arena_bytes, k_min, slots, memory.units)
+        still = device_layout(memory, arena_bytes, k, slots)
+        assert len(moving.kv_ids(k)) == kv_blocks(still)
+        at = moving.lattice_offset + moving.kv_ids(k).start * memory.kv_block_bytes
+        assert at == still.lattice_offset + still.kv_ids(k).start * memory.kv_block_bytes
+        assert moving.slots == still.slots
 
-    def test_nobody_reserves_twice(self):
-        blocks = BlockTable(4, 16)
-        blocks.reserve("a", 1)
-        with pytest.raises(DeviceMemoryError, match="owns KV blocks already"):
-            blocks.reserve("a", 1)
-        assert blocks.free_blocks == 3
+    @given(placements(), st.data())
+    def test_lent_blocks_touch_no_home_that_is_in_use(self, placement, data):
+        memory, arena_bytes, k_min, slots = placement
+        layout = device_layout(memory, arena_bytes, k_min, slots, memory.units)
+        if layout is None:  # nothing streamed fits, but no place for a ring beside it
+            assert k_min == 0
+            return
+        k = data.draw(st.integers(k_min, memory.units))
+        at_home = [
+            layout.homes[unit] + memory.unit_bytes[unit] for unit in offload_order(memory.units)[k:]
+        ]
+        ids = layout.kv_ids(k)
+        begin = layout.lattice_offset + ids.start * memory.kv_block_bytes
+        end = layout.lattice_offset + ids.stop * memory.kv_block_bytes
+        assert begin >= max(at_home, default=memory.static_bytes)
+        assert end <= (arena_bytes if k == 0 else layout.slots[0])
+        assert 0 <= ids.start <= ids.stop <= layout.lattice_blocks
 
-    @given(st.integers(0, 30), st.lists(st.tuples(st.integers(0, 9), st.integers(1, 200))))
-    def test_blocks_are_conserved_and_never_shared(self, count, calls):
-        blocks = BlockTable(count, 16)
-        live = {}
-        for name, tokens in calls:
-            if name in live:
-                blocks.release(str(name))
-                del live[name]
-            elif blocks.blocks_of(tokens) <= blocks.free_blocks:
-                blocks.reserve(str(name), tokens)
-                live[name] = list(blocks.table(str(name)))
-            owned = [block for table in live.values() for block in table]
-            assert len(set(owned)) == len(owned)
-            assert set(owned) <= set(range(count))
-            assert blocks.free_blocks == count - len(owned)
+    @given(memories(), st.integers(1, 4))
+    def test_at_k_zero_the_ring_is_lent_too(self, memory, slots):
+        arena_bytes = arena_bytes_for(memory, 0, slots, 3) + slots * memory.slot_bytes
+        layout = device_layout(memory, arena_bytes, 0, slots, memory.units)
+        assert (
+            layout.kv_ids(0).stop - layout.ring_id
+            == slots * memory.slot_bytes // memory.kv_block_bytes
+        )
+        assert layout.kv_ids(1).stop == layout.ring_id
+
+    def test_k_outside_its_range_is_refused(self):
+        layout = device_layout(ModelMemory(256, (256,) * 4, 256, 16), 10_000, 1, 2, 3)
+        for k in (0, 4):
+            with pytest.raises(InputError, match="k must be between 1 and 3"):
+                layout.kv_ids(k)

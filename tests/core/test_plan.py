@@ -73,7 +73,8 @@ class TestDemo:
         assert not plan.candidates[0].fits_device
         assert plan.message == f"one in every {plan.interval:g} layers streams from host memory"
         assert plan.predicted_tpot_s <= 0.1 * (1 - TPOT_MARGIN)
-        assert plan.host_bytes == plan.k * 7_080_192
+        assert plan.k_min <= plan.k <= plan.mirrors
+        assert plan.host_bytes == plan.mirrors * 7_080_192
         assert plan.max_batch >= 1
         assert plan.reason is plan.note is None
 

@@ -133,7 +133,7 @@ def test_every_unit_computes_with_its_own_bytes_whatever_the_shape(shape, comput
     bench.check(len(gaps_s))
     # k units an iteration, and the ring is filled ahead of the next one.
     assert bench.streamer.streamed_units == k * len(gaps_s)
-    assert bench.link.counters.copies[SENT] == k * len(gaps_s) + slots
+    assert bench.link.counters.copies[SENT] == k * len(gaps_s) + min(slots, k)
 
 
 @given(
@@ -173,7 +173,7 @@ def test_a_forward_that_raises_restarts_cold_and_the_next_one_is_right(shape, co
     bench.iterate(streamed)
     bench.iterate(streamed)
     bench.check(2)
-    assert bench.link.counters.copies[SENT] - before == 2 * k + slots
+    assert bench.link.counters.copies[SENT] - before == 2 * k + min(slots, k)
 
 
 @given(st.integers(1, 8), st.integers(1, 4), times, st.data())
@@ -234,8 +234,6 @@ def test_a_failed_copy_ends_the_forward_and_the_next_iteration_is_right():
 @pytest.mark.parametrize(
     ("streamed", "reason"),
     [
-        ((2, 1), "call order"),
-        ((1, 1, 2), "call order"),
         ((0, 1, 2), r"units \[0\] have no mirror"),
         ((2,), r"units \[1\] have no home"),
         ((), r"units \[1\] have no home"),
