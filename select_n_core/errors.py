@@ -108,6 +108,12 @@ class DeviceMemoryError(SelectNError):
     code = "device_memory"
 
 
+class HostMemoryError(SelectNError):
+    """Host memory cannot hold what was asked, holds something else, or is not given back in time."""
+
+    code = "host_memory"
+
+
 class EngineError(SelectNError):
     """The engine failed while serving a request, or is no longer running."""
 

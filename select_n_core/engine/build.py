@@ -59,7 +59,9 @@ def build_engine(
             mirrors=plan.mirrors,
             slots=plan.slots,
             block_tokens=config.block_tokens,
-            threads=_threads(prepared),
+            lease_bytes=config.host_memory if plan.mirrors else plan.host_bytes,
+            threads=prepared.record.streaming.threads,
+            resident_threads=_resident_threads(prepared),
         )
         executor = Executor(model, placement, link, device)
         model.release_source()
@@ -97,11 +99,9 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
     return ()
 
 
-def _threads(prepared: Prepared) -> int:
-    """The torch threads that the record measured for what the plan runs."""
-    record = prepared.record
-    mode = record.streaming if prepared.plan.k or record.resident is None else record.resident
-    return mode.threads
+def _resident_threads(prepared: Prepared) -> int | None:
+    resident = prepared.record.resident
+    return None if resident is None else resident.threads
 
 
 def _info(prepared: Prepared, executor: Executor, eos: tuple[int, ...]) -> EngineInfo:

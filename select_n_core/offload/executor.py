@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from select_n_core.decisions.layout import DeviceLayout, ModelMemory, device_layout
-from select_n_core.decisions.order import offload_order, streamed_units
-from select_n_core.errors import DeviceMemoryError, InputError
+from select_n_core.decisions.order import streamed_units
+from select_n_core.errors import DeviceMemoryError, HostMemoryError, InputError
 from select_n_core.kv.attention import PagedAttention, Row
 from select_n_core.kv.blocks import BlockTable
 from select_n_core.kv.cache import KVCache, block_bytes
 from select_n_core.links.base import Link
 from select_n_core.memory.arena import Arena
-from select_n_core.memory.host import HostMap
 from select_n_core.models.load import LoadedModel
+from select_n_core.offload.mirrors import HostMaps, Mirrors, PrivateMaps
 from select_n_core.offload.streamer import WeightStreamer
+from select_n_core.units import FlatUnit
 
 
 def model_memory(model: LoadedModel, block_tokens: int) -> ModelMemory:
@@ -47,7 +49,9 @@ class Placement:
         k_min: the least k may become; these units have no home. None is k.
         k_max: the most k may become, if as many are mirrored. None is k.
         mirrors: units mirrored at first (m), at least k. None is k.
+        lease_bytes: host bytes that mirrors may take. None is what those at first take.
         threads: torch threads on a CPU device; None follows `compute_threads`.
+        resident_threads: the same while nothing is streamed; None is `threads`.
         poison: fill released slots with NaN.
     """
 
@@ -57,8 +61,10 @@ class Placement:
     k_min: int | None = None
     k_max: int | None = None
     mirrors: int | None = None
+    lease_bytes: int | None = None
     block_tokens: int = 32
     threads: int | None = None
+    resident_threads: int | None = None
     poison: bool = False
 
 
@@ -79,14 +85,23 @@ class StepRow:
 class Executor:
     """Runs steps of a model that was placed into an arena with k units in host memory.
 
-    Between steps, `turn` changes k. The link is the caller's and must outlive the executor.
+    Between steps, `turn` changes k and `lease` what host memory may be used, towards which every
+    step makes a move. The link is the caller's and must outlive the executor.
+
+    Args:
+        maps: where mirrors come from.
 
     Raises:
         DeviceMemoryError: the placement does not fit the arena.
     """
 
     def __init__(
-        self, model: LoadedModel, placement: Placement, link: Link, device: torch.device
+        self,
+        model: LoadedModel,
+        placement: Placement,
+        link: Link,
+        device: torch.device,
+        maps: HostMaps | None = None,
     ) -> None:
         self.model = model
         self.placement = placement
@@ -97,11 +112,12 @@ class Executor:
         self._closed = False
         self.layout = self._layout()
         self.arena = Arena(placement.arena_bytes, device)
-        self._mirrors = self._fill_mirrors()
+        self._mirrors = self._fill_mirrors(maps or PrivateMaps())
+        self._homes = self._fill_homes()
         self._streamer = WeightStreamer(
             list(zip(model.units, model.layers, strict=True)),
-            self._fill_homes(),
-            {unit: host.bytes for unit, host in self._mirrors.items()},
+            self._homes,
+            self.mirrors,
             [self.arena.region(offset, self.memory.slot_bytes) for offset in self.layout.slots],
             link,
             streamed=self.streamed,
@@ -128,7 +144,17 @@ class Executor:
     @property
     def m(self) -> int:
         """Units mirrored; k may rise to as many."""
-        return len(self._mirrors)
+        return self._mirrors.m
+
+    @property
+    def cap(self) -> int:
+        """The most units that the lease allows to stream, once they are mirrored."""
+        return min(self.layout.k_max, self._mirrors.cap)
+
+    @property
+    def lease_bytes(self) -> int:
+        """Host bytes that mirrors may take."""
+        return self._mirrors.lease_bytes
 
     def shortfall(self, k: int) -> int:
         """KV blocks that must be released before `turn(k)`."""
@@ -152,10 +178,47 @@ class Executor:
             self.cache.move(moves)
         self.k = k
 
+    def lease(self, nbytes: int) -> None:
+        """Let mirrors take `nbytes` from now on; `tend` makes it true.
+
+        Where k is above the new `cap`, it must be turned down before mirrors can go.
+
+        Raises:
+            HostMemoryError: the units without a home need more; nothing was changed.
+        """
+        floor = self.memory.mirrored_bytes(self.layout.k_min)
+        if nbytes < floor:
+            raise HostMemoryError(
+                f"a lease of {nbytes} bytes is below the floor of {floor}: the {self.layout.k_min} "
+                "units without a home on the device cannot do without their mirrors"
+            )
+        self._mirrors.lease_bytes = nbytes
+
+    def tend(self) -> None:
+        """Make a move towards the lease: free mirrors that it does not cover, or write one more.
+
+        Between steps; never waits for a copy unless a mirror that was being written must go.
+        """
+        if self.m >= self.cap:
+            self._mirrors.stop_growing()
+        while (last := self._mirrors.to_drop) is not None:
+            if self._streamer.needs_mirror(last):
+                return
+            self._streamer.drop_mirror(last)
+            self._mirrors.drop(last)
+        if self.m < self.cap and (unit := self._mirrors.grow(self._homes.__getitem__)) is not None:
+            self._streamer.add_mirror(unit, self._mirrors.bytes_of(unit))
+
+    def settle(self) -> None:
+        """Bring about what k says without a step, for a replica that has nothing to compute."""
+        with torch.inference_mode():
+            self._streamer.settle(self.streamed)
+        self._lend()
+
     @property
     def host_bytes(self) -> int:
         """Bytes of all mirrors, exactly."""
-        return sum(host.nbytes for host in self._mirrors.values())
+        return self._mirrors.nbytes
 
     @property
     def streamer(self) -> WeightStreamer:
@@ -165,7 +228,7 @@ class Executor:
     @property
     def mirrors(self) -> dict[int, Tensor]:
         """Unit -> its host bytes."""
-        return {unit: host.bytes for unit, host in self._mirrors.items()}
+        return {unit: self._mirrors.bytes_of(unit) for unit in self._mirrors.units()}
 
     def step(self, rows: Sequence[StepRow]) -> Tensor:
         """One forward over the rows' new tokens, packed.
@@ -193,9 +256,7 @@ class Executor:
                 logits_to_keep=torch.tensor(ends, dtype=torch.long, device=self.device),
                 select_n=attention,
             ).logits[0]
-        # Every unit had its turn since k was set: what is not needed any more holds KV now.
-        if self.blocks.ids != (lent := self.layout.kv_ids(self.k)):
-            self.blocks.resize(lent)
+        self._lend()
         return logits
 
     def close(self) -> None:
@@ -205,15 +266,12 @@ class Executor:
         self._closed = True
         self._streamer.close()
         self.link.drain()
-        for host in self._mirrors.values():
-            self.link.unregister(host.bytes)
         for unit in [*self.model.units, self.model.static]:
             unit.forget_views()
             unit.unbind()
         del self.cache
-        for host in self._mirrors.values():
-            host.close()
-        self._mirrors.clear()
+        self._homes.clear()
+        self._mirrors.close()
         self.arena.close()
 
     def _layout(self) -> DeviceLayout:
@@ -233,15 +291,19 @@ class Executor:
         now, then = self.blocks.ids, self.layout.kv_ids(k)
         return range(max(now.start, then.start), min(now.stop, then.stop))
 
-    def _fill_mirrors(self) -> dict[int, HostMap]:
-        count = self.placement.mirrors if self.placement.mirrors is not None else self.k
-        mirrors: dict[int, HostMap] = {}
-        for unit in offload_order(self.memory.units)[: max(count, self.k)]:
-            host = HostMap(self.model.units[unit].nbytes)
-            self.model.units[unit].fill(host.bytes)
-            self.model.units[unit].forget_views()
-            self.link.register(host.bytes)
-            mirrors[unit] = host
+    def _lend(self) -> None:
+        """Every unit had its turn since k was set: what is not needed any more holds KV now."""
+        if self.blocks.ids != (lent := self.layout.kv_ids(self.k)):
+            self.blocks.resize(lent)
+
+    def _fill_mirrors(self, maps: HostMaps) -> Mirrors:
+        placement = self.placement
+        count = max(self.k, placement.mirrors or 0)
+        lease_bytes = placement.lease_bytes
+        if lease_bytes is None:
+            lease_bytes = self.memory.mirrored_bytes(count)
+        mirrors = Mirrors(self.memory, self.link, maps, lease_bytes)
+        mirrors.load([partial(_write, unit) for unit in self.model.units], count)
         return mirrors
 
     def _fill_homes(self) -> dict[int, Tensor]:
@@ -259,6 +321,13 @@ class Executor:
     def _set_threads(self) -> None:
         if self.device.type != "cpu":
             return
-        threads = self.placement.threads or compute_threads(self.k)
+        placement = self.placement
+        resident = None if self.k else placement.resident_threads
+        threads = resident or placement.threads or compute_threads(self.k)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+def _write(unit: FlatUnit, mirror: Tensor) -> None:
+    unit.fill(mirror)
+    unit.forget_views()  # of a mirror nobody computes with

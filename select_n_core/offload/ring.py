@@ -144,6 +144,12 @@ class Ring:
         self._now += 1
         return ticket
 
+    def bring_home(self, unit: int) -> None:
+        """Count the unit as at home; after `abandon`, and once its bytes are there."""
+        if self._tickets or unit in self._wanted:
+            raise StreamingError(f"unit {unit} cannot be brought home while it is streamed")
+        self._home.add(unit)
+
     def abandon(self) -> None:
         """Forget every ticket in flight (their copies must have ended) and start an iteration.
 

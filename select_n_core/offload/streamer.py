@@ -119,14 +119,7 @@ class WeightStreamer:
         """
         if self._active:
             raise StreamingError("an iteration is running already; iterations do not nest")
-        wanted = frozenset(streamed)
-        if wanted != self._ring.wanted:
-            self._check(wanted)
-            self._ring.want(wanted)
-            # What held KV until now may be overwritten once the compute issued so far is over.
-            self._homes_free = self._link.compute_event()
-            self._slot_free = [self._homes_free] * len(self._slots)
-            self._leave_homes()
+        self._want(frozenset(streamed))
         self.span = Span()
         self._active = True
         try:
@@ -139,6 +132,31 @@ class WeightStreamer:
             self._leave_homes()
         finally:
             self._active = False
+
+    def settle(self, streamed: Collection[int]) -> None:
+        """What an iteration with `streamed` units would lead to, without one; blocks the host.
+
+        For a replica that has nothing to compute. Costs the bytes of the units it brings home.
+        """
+        if self._active:
+            raise StreamingError("an iteration is running; it settles what is to be streamed")
+        self._want(frozenset(streamed))
+        self._restart()
+        away = set(range(len(self._units))) - self._ring.wanted - self._ring.at_home
+        copies = {
+            unit: self._link.copy(
+                self._homes[unit][: self._units[unit].nbytes],
+                self._mirrors[unit][: self._units[unit].nbytes],
+                kind=WEIGHTS,
+                after=() if self._homes_free is None else (self._homes_free,),
+            )
+            for unit in sorted(away)
+        }
+        for unit, copy in copies.items():
+            self._link.wait(copy)
+            self._ring.bring_home(unit)
+            self._units[unit].bind(self._homes[unit])
+            self._bound.add(unit)
 
     def acquire(self, unit: int) -> None:
         """Make `unit`'s bytes present: compute waits for its copy, the host does not."""
@@ -168,13 +186,17 @@ class WeightStreamer:
         """Let `unit` be streamed from `mirror`, which is filled and registered."""
         self._mirrors[unit] = mirror
 
+    def needs_mirror(self, unit: int) -> bool:
+        """Whether `unit` is streamed, or a copy from its mirror is still to be used."""
+        return unit not in self._bound or unit in self._ring.wanted
+
     def drop_mirror(self, unit: int) -> None:
         """Forget `unit`'s mirror.
 
         Raises:
-            StreamingError: the unit is streamed, or a copy from the mirror is still to be used.
+            StreamingError: it is still needed.
         """
-        if unit not in self._bound or unit in self._ring.wanted:
+        if self.needs_mirror(unit):
             raise StreamingError(f"unit {unit} still needs its mirror; promote it first")
         self._mirrors.pop(unit, None)
 
@@ -214,6 +236,16 @@ class WeightStreamer:
             self._bound.add(unit)
         if self._poison:
             slot.fill_(_POISON)
+
+    def _want(self, streamed: frozenset[int]) -> None:
+        if streamed == self._ring.wanted:
+            return
+        self._check(streamed)
+        self._ring.want(streamed)
+        # What held KV until now may be overwritten once the compute issued so far is over.
+        self._homes_free = self._link.compute_event()
+        self._slot_free = [self._homes_free] * len(self._slots)
+        self._leave_homes()
 
     def _leave_homes(self) -> None:
         for unit in self._ring.leave_home():

@@ -121,22 +121,26 @@ def placed(
     block_tokens: int = 8,
     mirrors: int | None = None,
     k_min: int | None = None,
+    k_max: int | None = None,
     poison: bool = False,
 ) -> Iterator[Executor]:
     """`model` in the smallest arena that holds `kv_blocks` with k units streamed.
 
-    With `k_min`, k may turn between it and what is mirrored; the blocks fit at `k_min` then.
+    With `k_min`, k may turn between it and `k_max`, by default what is mirrored; the blocks fit
+    at `k_min` then.
     """
     memory = model_memory(model, block_tokens)
     least = k if k_min is None else k_min
     arena_bytes = arena_bytes_for(memory, least, slots, kv_blocks)
-    if least == 0 < (mirrors or 0):
+    if k_min is not None and k_max is None:
+        k_max = mirrors
+    if least == 0 < (k_max or 0):
         arena_bytes += slots * memory.slot_bytes  # the ring has a place of its own
     placement = Placement(
         arena_bytes=arena_bytes,
         k=k,
         k_min=k_min,
-        k_max=None if k_min is None else mirrors,
+        k_max=k_max,
         slots=slots,
         mirrors=mirrors,
         block_tokens=block_tokens,

@@ -13,7 +13,7 @@ from streaming import LAYERS, Bench
 from tiny import VOCAB_SIZE, save_tiny, tiny_llama
 
 from select_n_core.decisions.layout import arena_bytes_for
-from select_n_core.errors import DeviceMemoryError, InputError, LinkError
+from select_n_core.errors import DeviceMemoryError, HostMemoryError, InputError, LinkError
 from select_n_core.links.emulated import EmulatedLink
 from select_n_core.models.load import load_model, take_apart
 from select_n_core.offload.executor import Executor, Placement, StepRow, model_memory
@@ -76,9 +76,10 @@ def test_a_closed_placement_gives_back_and_the_model_can_be_placed_again(bench):
 def test_the_arena_and_the_mirrors_are_unmapped_when_a_placement_is_closed(bench):
     with bench.placed(k=2) as executor:
         bench.one_step(executor)
-        maps = [executor.arena._map._map, *(host._map for host in executor._mirrors.values())]
+        hosts = executor._mirrors._hosts.values()
+        maps = [executor.arena._map._map, *(host._map for host in hosts)]
         alive = [weakref.ref(each) for each in maps]
-        del maps
+        del maps, hosts
     gc.collect()
     assert [ref() for ref in alive] == [None] * 3
 
@@ -240,3 +241,87 @@ class TestTurningK:
                 executor.turn(0)
             with pytest.raises(InputError, match="k can be 3 at most"):
                 executor.turn(4)
+
+
+class TestTheLease:
+    def run(self, bench, executor, steps):
+        for _ in range(steps):
+            bench.one_step(executor)
+            executor.tend()
+
+    def mirrored(self, executor, count):
+        return executor.memory.mirrored_bytes(count)
+
+    def test_a_larger_lease_mirrors_one_unit_after_another_and_k_may_follow(self, bench, link):
+        with bench.placed(k=1, k_min=0, k_max=LAYERS, mirrors=1) as executor:
+            executor.lease(self.mirrored(executor, 3))
+            assert (executor.m, executor.cap) == (1, 3)
+            self.run(bench, executor, 6)
+            assert (executor.m, executor.host_bytes) == (3, self.mirrored(executor, 3))
+            executor.turn(3)
+            bench.check_answers(executor)
+
+    def test_a_smaller_lease_takes_mirrors_back_once_their_units_are_home(self, bench):
+        with bench.placed(k=4, k_min=1, mirrors=4) as executor:
+            bench.one_step(executor)
+            executor.lease(self.mirrored(executor, 2))
+            executor.tend()
+            assert executor.m == 4  # still streamed
+            executor.turn(2)
+            self.run(bench, executor, 2)
+            assert (executor.m, executor.host_bytes) == (2, self.mirrored(executor, 2))
+            bench.check_answers(executor)
+
+    def test_a_replica_with_nothing_to_do_gives_mirrors_back_too(self, bench):
+        with bench.placed(k=4, k_min=1, mirrors=4) as executor:
+            bench.one_step(executor)
+            executor.lease(self.mirrored(executor, 1))
+            executor.turn(1)
+            executor.settle()
+            executor.tend()
+            assert executor.host_bytes == self.mirrored(executor, 1)
+            assert executor.blocks.ids == executor.layout.kv_ids(1)
+            bench.check_answers(executor)
+
+    def test_k_that_rises_in_an_idle_replica_lends_its_homes_at_once(self, bench):
+        with bench.placed(k=1, k_min=1, mirrors=4) as executor:
+            executor.turn(4)
+            executor.settle()
+            assert executor.blocks.ids == executor.layout.kv_ids(4)
+            bench.check_answers(executor)
+
+    def test_the_floor_is_never_taken(self, bench):
+        with bench.placed(k=2, k_min=2, k_max=LAYERS, mirrors=3) as executor:
+            floor = self.mirrored(executor, 2)
+            with pytest.raises(HostMemoryError, match=f"below the floor of {floor}"):
+                executor.lease(floor - 1)
+            executor.lease(floor)
+            executor.tend()
+            assert executor.host_bytes == floor
+
+    def test_a_lease_that_shrinks_while_a_mirror_is_written_gives_that_back(self, bench):
+        with bench.placed(k=1, k_min=0, k_max=LAYERS, mirrors=1) as executor:
+            executor.lease(self.mirrored(executor, 2))
+            executor.tend()
+            assert executor.host_bytes == self.mirrored(executor, 2)
+            executor.lease(self.mirrored(executor, 1))
+            executor.tend()
+            assert executor.host_bytes == self.mirrored(executor, 1)
+            bench.check_answers(executor)
+
+    @given(st.data())
+    @settings(max_examples=15, deadline=None)
+    def test_tokens_do_not_notice_leases_that_come_and_go(self, bench, data):
+        with bench.placed(k=2, k_min=1, k_max=LAYERS, mirrors=3, poison=True) as executor:
+
+            def between(_step: int) -> None:
+                executor.lease(self.mirrored(executor, data.draw(st.integers(1, LAYERS))))
+                k = data.draw(st.integers(1, max(1, min(executor.m, executor.cap))))
+                if not executor.shortfall(k):
+                    executor.turn(k)
+                executor.tend()
+                assert executor.host_bytes <= max(
+                    executor.lease_bytes, self.mirrored(executor, executor.m)
+                )
+
+            bench.check_answers(executor, between=between)
