@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,7 @@ from select_n_core.engine.scheduler import Limits, Scheduler
 from select_n_core.links.base import Link
 from select_n_core.models.load import LoadedModel, load_model
 from select_n_core.models.source import resolve
-from select_n_core.offload.executor import Executor, Placement, model_memory
+from select_n_core.offload.executor import Executor, Placement, StepRow, model_memory
 from select_n_core.profiling.fingerprint import fingerprint
 from select_n_core.profiling.measure import Effort, measure_record
 from select_n_core.record import PerformanceRecord
@@ -59,6 +60,69 @@ def place(
         block_tokens=BLOCK_TOKENS,
     )
     return Executor(model, placement, link, CPU)
+
+
+class Iteration(NamedTuple):
+    """Seconds of one iteration, and of those the ones that compute waited for copies."""
+
+    seconds: float
+    stall_s: float
+
+
+class MovingBatch:
+    """A decoding batch in an arena in which k may turn from 0 to `k_max`; one compute thread."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        link: Link,
+        *,
+        slots: int,
+        k_max: int,
+        requests: int,
+        context: int = 160,
+    ) -> None:
+        memory = model_memory(model, BLOCK_TOKENS)
+        blocks = requests * memory.blocks_of(context + 1)
+        placement = Placement(
+            arena_bytes=arena_bytes_for(memory, 0, slots, blocks + 1) + slots * memory.slot_bytes,
+            k=0,
+            k_min=0,
+            k_max=k_max,
+            mirrors=k_max,
+            slots=slots,
+            block_tokens=BLOCK_TOKENS,
+            threads=1,
+        )
+        self.executor = Executor(model, placement, link, CPU)
+        self._names = [str(index) for index in range(requests)]
+        self._context = context
+        for name in self._names:
+            self.executor.blocks.reserve(name, context + 1)
+
+    def iteration(self, k: int) -> Iteration:
+        """One decode iteration with k turned to `k`."""
+        executor = self.executor
+        stalled_s, begun_s = executor.link.counters.stall_s, time.perf_counter()
+        executor.turn(k)
+        rows = [StepRow(executor.blocks.table(name), self._context, [1]) for name in self._names]
+        executor.step(rows).argmax(-1).tolist()
+        seconds = time.perf_counter() - begun_s
+        return Iteration(seconds, executor.link.counters.stall_s - stalled_s)
+
+    def iterations(
+        self, k: int, count: int, before: Callable[[], None] = lambda: None
+    ) -> list[float]:
+        """Seconds of `count` of them; `before` is called before each and not timed."""
+        seconds = []
+        for _ in range(count):
+            before()
+            seconds.append(self.iteration(k).seconds)
+        return seconds
+
+    def close(self) -> None:
+        """Give the arena and the mirrors back."""
+        self.executor.close()
 
 
 def complete(

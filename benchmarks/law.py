@@ -1,6 +1,7 @@
 """The iteration-time law, predicted and measured: every k, every ring size, two links.
 
     python -m benchmarks.law --json
+    python -m benchmarks.law --executor --json      (see benchmarks/balance.py)
 
 Predicted is the recurrence on a record made before the run; nothing is fitted to the run. The
 records of both links are made alternately, several of each, and the one in the middle counts. All
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.balance import executor_document, executor_lines
 from benchmarks.decoding import DEMO, load, place, record_here
 from benchmarks.environment import Provenance, note, publish
 from select_n_core.decisions.latency import StepShape
@@ -37,27 +39,43 @@ SHAPE = StepShape(decode_rows=BATCH, context_tokens=BATCH * CONTEXT)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default=DEMO)
-    parser.add_argument("--links", type=float, nargs="+", default=[1e9, 4e9], help="bytes/s")
+    parser.add_argument("--executor", action="store_true", help="against max(L*c + g, k*t)")
+    parser.add_argument("--links", type=float, nargs="+", help="bytes/s")
     parser.add_argument("--records", type=int, default=3, help="made for each link, alternately")
     parser.add_argument("--rounds", type=int, default=5, help="over all points")
     parser.add_argument("--repeats", type=int, default=4, help="iterations per point and round")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
+    if arguments.executor:
+        _executor(arguments)
+    else:
+        _law(arguments)
+
+
+def _executor(arguments: argparse.Namespace) -> None:
+    _, model = load(arguments.source, "bfloat16")
+    rates = arguments.links or [1e9, 2e9, 4e9]
+    document = executor_document(
+        arguments.source, model, rates, arguments.rounds, arguments.repeats, BATCH
+    )
+    lines = executor_lines(document["summary"])
+    publish("executor", document, as_json=arguments.json, lines=lines)
+
+
+def _law(arguments: argparse.Namespace) -> None:
     provenance = Provenance()
+    rates = arguments.links or [1e9, 4e9]
     directory, model = load(arguments.source, "bfloat16")
     effort = Effort(batches=(1, 4, BATCH), contexts=(64, 256), chunks=(32,))
-    made: dict[float, list[PerformanceRecord]] = {rate: [] for rate in arguments.links}
+    made: dict[float, list[PerformanceRecord]] = {rate: [] for rate in rates}
     for number in range(arguments.records):
         for rate, own in made.items():
             own.append(record_here(arguments.source, directory, model, "bfloat16", rate, effort))
             note(f"record {number + 1} of {arguments.records} at {rate / 1e9:g} GB/s")
     records = {rate: _middle(own) for rate, own in made.items()}
     keys = [
-        (rate, slots, k)
-        for rate in arguments.links
-        for k in range(len(model.units) + 1)
-        for slots in SLOTS
+        (rate, slots, k) for rate in rates for k in range(len(model.units) + 1) for slots in SLOTS
     ]
     times_s: dict[tuple[float, int, int], list[float]] = {key: [] for key in keys}
     for number in range(arguments.rounds):
