@@ -39,6 +39,7 @@ class Fingerprint(_Frozen):
         device: name of the GPU, or of the CPU where the link is emulated.
         threads: CPU cores that compute may use.
         model_hash: of the model's configuration.
+        units: what moves, decoder layers or their halves.
     """
 
     device: str
@@ -51,6 +52,7 @@ class Fingerprint(_Frozen):
     model: str
     model_hash: str
     dtype: str
+    units: str = "layer"
 
 
 class TransferSample(_Frozen):
@@ -181,7 +183,14 @@ class PerformanceRecord(_Frozen):
             transfer_s=self.transfer_s,
             streaming=self.streaming.compute_model(),
             resident=None if self.resident is None else self.resident.compute_model(),
+            unit_shares=self._unit_shares(),
         )
+
+    def _unit_shares(self) -> tuple[float, ...]:
+        largest = max(self.unit_bytes)
+        if min(self.unit_bytes) == largest:
+            return ()
+        return tuple(nbytes / largest for nbytes in self.unit_bytes)
 
     def memory(self, block_tokens: int) -> ModelMemory:
         """The sizes that layouts are made from."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from select_n_core.errors import StreamingError
+
+Reader = Callable[[Tensor], None]
+"""Writes a tensor's elements into a contiguous view of its shape and type, on any device."""
 
 ALIGNMENT = 256  # bytes; of every tensor in a flat buffer and of every region in the arena
 
@@ -23,7 +26,7 @@ class _Place:
     """One tensor's place in the flat buffer and everyone who holds it."""
 
     owners: list[tuple[nn.Module, str]]
-    source: Tensor | None
+    source: Tensor | Reader | None
     parameter: nn.Parameter | None
     offset: int
     nbytes: int
@@ -35,12 +38,20 @@ class _Place:
 class FlatUnit:
     """The tensors of a run of modules, parameters and buffers alike, laid out back to back.
 
-    The unit starts bound to its source tensors (the checkpoint's). `fill` writes them into a
-    buffer, `bind` points the modules at a buffer's views, `unbind` leaves zero-size tensors
-    behind, so that a use out of turn raises instead of reading somebody else's bytes.
+    The unit starts bound to the tensors it was made of. `fill` writes them into a buffer, `bind`
+    points the modules at a buffer's views, `unbind` leaves zero-size tensors behind, so that a
+    use out of turn raises instead of reading somebody else's bytes.
+
+    Args:
+        readers: by the id of a tensor that is only a stand-in, what brings its elements.
     """
 
-    def __init__(self, name: str, tensors: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        tensors: Iterable[tuple[nn.Module, str, Tensor]],
+        readers: Mapping[int, Reader] | None = None,
+    ) -> None:
         self.name = name
         self._places: list[_Place] = []
         self._views: dict[int, list[Tensor]] = {}
@@ -54,7 +65,7 @@ class FlatUnit:
             parameter = tensor if isinstance(tensor, nn.Parameter) else None
             place = _Place(
                 owners=[(owner, attribute)],
-                source=tensor.detach(),
+                source=(readers or {}).get(id(tensor)) or tensor.detach(),
                 parameter=parameter,
                 offset=offset,
                 nbytes=nbytes,
@@ -72,10 +83,13 @@ class FlatUnit:
         for place, view in zip(self._places, self._views_of(buffer), strict=True):
             if place.source is None:
                 raise StreamingError(f"unit {self.name}: its source was released; load it again")
-            view.copy_(place.source)
+            if isinstance(place.source, Tensor):
+                view.copy_(place.source)
+            else:
+                place.source(view)
 
     def release_source(self) -> None:
-        """Forget the checkpoint's tensors; from here on the unit lives in the buffers it filled."""
+        """Forget the source; from here on the unit lives in the buffers it filled."""
         for place in self._places:
             place.source = None
 
@@ -88,10 +102,12 @@ class FlatUnit:
         self._point([place.empty for place in self._places])
 
     def restore(self) -> None:
-        """Point every owner back at the source tensors."""
-        sources = [place.source for place in self._places if place.source is not None]
+        """Point every owner back at the source tensors, all of which must be in memory."""
+        sources = [place.source for place in self._places if isinstance(place.source, Tensor)]
         if len(sources) < len(self._places):
-            raise StreamingError(f"unit {self.name}: its source was released; load it again")
+            raise StreamingError(
+                f"unit {self.name}: its source was released, or is not in memory; load it again"
+            )
         self._point(sources)
 
     def forget_views(self) -> None:

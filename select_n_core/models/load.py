@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
-from select_n_core.config import DType
+from select_n_core.config import DType, UnitKind
 from select_n_core.errors import UnsupportedModelError
+from select_n_core.models.lazy import NotLazyError, lazy_model
+from select_n_core.models.parts import Run, runs_of, split
 from select_n_core.models.seam import ATTENTION, LayerKV, trace
-from select_n_core.units import FlatUnit, named_tensors
+from select_n_core.units import FlatUnit, Reader
+
+_log = logging.getLogger(__name__)
 
 # Each has a contract test: tokens equal transformers' own, resident and at every interval.
 ARCHITECTURES = frozenset(
@@ -52,11 +58,12 @@ _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A model taken apart into units, still bound to the checkpoint's tensors.
+    """A model taken apart into units, which can be filled until their source is released.
 
     Attributes:
         module: the unmodified Hugging Face model, in eval mode.
-        layers: the modules of each unit, in call order.
+        layers: the decoder layers, in call order.
+        runs: the modules of each unit, in call order.
         units: their flat layouts, in call order.
         static: every tensor that is in no unit.
         kv: shape of each layer's keys and values, by layer index.
@@ -67,6 +74,7 @@ class LoadedModel:
 
     module: nn.Module
     layers: list[nn.Module]
+    runs: list[Run]
     units: list[FlatUnit]
     static: FlatUnit
     kv: tuple[LayerKV, ...]
@@ -75,7 +83,7 @@ class LoadedModel:
     vocab_size: int
 
     def release_source(self) -> None:
-        """Forget the checkpoint's tensors once everything was placed."""
+        """Forget the checkpoint once everything was placed."""
         for unit in [*self.units, self.static]:
             unit.release_source()
 
@@ -113,34 +121,54 @@ def check_architecture(config: PretrainedConfig) -> None:
             )
 
 
-def load_model(directory: Path, dtype: DType) -> LoadedModel:
+def load_model(directory: Path, dtype: DType, units: UnitKind = "layer") -> LoadedModel:
     """Load a safetensors directory and take it apart.
 
-    Weights stay memory-mapped where the checkpoint already has `dtype`.
+    No weight is in memory afterwards: each is read from the checkpoint when a unit is filled,
+    straight to where it will live. Where transformers cannot say what becomes of a weight
+    without looking at it, the model is read whole first, and a warning says so.
 
     Raises:
-        UnsupportedModelError: the architecture does not fit, with its name and the reason.
+        UnsupportedModelError: the architecture does not fit, with its name and the reason, or
+            the checkpoint is damaged.
     """
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     check_architecture(config)
-    module = AutoModelForCausalLM.from_pretrained(
-        directory,
-        config=config,
-        dtype=getattr(torch, dtype),
-        attn_implementation=ATTENTION,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
-    return take_apart(module)
+    readers: dict[int, Reader] = {}
+    try:
+        module, readers = lazy_model(directory, config, getattr(torch, dtype))
+    except NotLazyError as reason:
+        _log.warning(
+            "the weights in %s are read whole before they are placed, which takes host memory "
+            "twice for a while: %s",
+            directory,
+            reason,
+        )
+        module = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    return take_apart(module, units, readers)
 
 
-def take_apart(module: Any) -> LoadedModel:
-    """Split a causal language model into units (decoder layers) and static tensors.
+def take_apart(
+    module: Any, units: UnitKind = "layer", readers: Mapping[int, Reader] | None = None
+) -> LoadedModel:
+    """Split a causal language model into units and static tensors.
+
+    Args:
+        units: whether a decoder layer is one unit or two.
+        readers: by the id of each tensor that is a stand-in, what brings its elements; the
+            stand-ins are forgotten.
 
     Raises:
-        UnsupportedModelError: the model does not fit the seams.
+        UnsupportedModelError: the model does not fit the seams, or its layers cannot be cut.
     """
     config: PretrainedConfig = module.config
     check_architecture(config)
@@ -155,23 +183,29 @@ def take_apart(module: Any) -> LoadedModel:
     layer_list = _layer_list(module, config)
     try:
         traced = trace(module, layer_list)
+        layers = [layer_list[index] for index in traced.order]
+        runs = runs_of(layers, [traced.calls[index] for index in traced.order], units)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"model type '{config.model_type}': {error}", field="source"
+            f"model type '{config.model_type}': {error}", field=error.field or "source"
         ) from error
-    layers = [layer_list[index] for index in traced.order]
-    units, static = _split(module, layers)
+    flat, static = split(module, runs, readers or {})
     embeddings = module.get_output_embeddings() or module.get_input_embeddings()
-    return LoadedModel(
+    model = LoadedModel(
         module=module,
         layers=layers,
-        units=units,
+        runs=runs,
+        units=flat,
         static=static,
         kv=traced.kv,
         dtype=module.dtype,
         max_context=int(config.max_position_embeddings),
         vocab_size=int(embeddings.weight.shape[0]),
     )
+    if readers:
+        for unit in [*flat, static]:
+            unit.unbind()
+    return model
 
 
 def _layer_list(module: nn.Module, config: PretrainedConfig) -> nn.ModuleList:
@@ -183,31 +217,3 @@ def _layer_list(module: nn.Module, config: PretrainedConfig) -> nn.ModuleList:
         f"{config.num_hidden_layers} decoder layers",
         field="source",
     )
-
-
-def _split(module: nn.Module, layers: list[nn.Module]) -> tuple[list[FlatUnit], FlatUnit]:
-    """A tensor reached from one layer alone belongs to its unit; everything else is static."""
-    reached: dict[int, set[int]] = {}
-    everything = named_tensors(module)
-    inside = [named_tensors(layer) for layer in layers]
-    for index, tensors in enumerate(inside):
-        for _, _, tensor in tensors:
-            reached.setdefault(id(tensor), set()).add(index)
-    owned_inside: dict[int, int] = {}
-    for tensors in inside:
-        for _, _, tensor in tensors:
-            owned_inside[id(tensor)] = owned_inside.get(id(tensor), 0) + 1
-    holders: dict[int, int] = {}
-    for _, _, tensor in everything:
-        holders[id(tensor)] = holders.get(id(tensor), 0) + 1
-
-    def in_unit(tensor: Tensor) -> bool:
-        key = id(tensor)
-        return len(reached.get(key, ())) == 1 and holders[key] == owned_inside[key]
-
-    units = [
-        FlatUnit(f"layer{index}", [entry for entry in tensors if in_unit(entry[2])])
-        for index, tensors in enumerate(inside)
-    ]
-    static = FlatUnit("static", [entry for entry in everything if not in_unit(entry[2])])
-    return units, static

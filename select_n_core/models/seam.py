@@ -7,7 +7,8 @@ values and queries. *Weights*: the decoder layers as hookable modules, in traced
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -132,6 +133,36 @@ class LayerKV:
     v_dim: int
 
 
+@dataclass(slots=True)
+class ChildCalls:
+    """How one layer calls its child modules.
+
+    Attributes:
+        names: in call order, once per call.
+        attends: position in `names` of the child that attends; None if the layer does so itself.
+        nested: whether a child was called while another one ran.
+    """
+
+    names: list[str] = field(default_factory=list)
+    attends: int | None = None
+    nested: bool = False
+    _running: int | None = None
+
+    def enter(self, name: str) -> None:
+        """The child `name` begins."""
+        self.nested |= self._running is not None
+        self._running = len(self.names)
+        self.names.append(name)
+
+    def leave(self) -> None:
+        """The child that began last has ended."""
+        self._running = None
+
+    def attend(self) -> None:
+        """Whoever runs now attends."""
+        self.attends = self._running
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """What one forward showed.
@@ -139,30 +170,35 @@ class Trace:
     Attributes:
         order: indices into the layer list in call order.
         kv: per attention layer index.
+        calls: of each layer's child modules, by index into the layer list.
     """
 
     order: tuple[int, ...]
     kv: tuple[LayerKV, ...]
+    calls: tuple[ChildCalls, ...]
 
 
 class _Recorder:
     """A step context that records shapes and attends causally without any cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Sequence[ChildCalls]) -> None:
         self.positions = torch.zeros(1, dtype=torch.long)
         self.kv: dict[int, LayerKV] = {}
+        self._calls = calls
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, traits: AttentionTraits
     ) -> Tensor:
         self.kv[layer] = LayerKV(k.shape[0], k.shape[2], v.shape[2])
+        if layer < len(self._calls):
+            self._calls[layer].attend()
         group = q.shape[0] // k.shape[0]
         # One token sees only itself: its attention is its value.
         return v.repeat_interleave(group, dim=0).transpose(0, 1)
 
 
 def trace(model: nn.Module, layers: nn.ModuleList) -> Trace:
-    """Run one token through `model` and record the layers' call order and KV shapes.
+    """Run one token through `model`: the layers' call order, their children's, and KV shapes.
 
     Raises:
         UnsupportedModelError: a layer is not called exactly once, or bypasses the attention seam.
@@ -172,7 +208,16 @@ def trace(model: nn.Module, layers: nn.ModuleList) -> Trace:
         layer.register_forward_pre_hook(lambda _m, _a, index=index: calls.append(index))
         for index, layer in enumerate(layers)
     ]
-    recorder = _Recorder()
+    children = tuple(ChildCalls() for _ in layers)
+    for layer, record in zip(layers, children, strict=True):
+        for name, child in layer.named_children():
+            handles += [
+                child.register_forward_pre_hook(
+                    lambda _m, _a, record=record, name=name: record.enter(name)
+                ),
+                child.register_forward_hook(lambda _m, _a, _o, record=record: record.leave()),
+            ]
+    recorder = _Recorder(children)
     try:
         with torch.inference_mode():
             model(
@@ -190,4 +235,5 @@ def trace(model: nn.Module, layers: nn.ModuleList) -> Trace:
         )
     if sorted(recorder.kv) != list(range(len(layers))):
         raise UnsupportedModelError("some of its layers do not attend through the attention seam")
-    return Trace(tuple(calls), tuple(recorder.kv[index] for index in range(len(layers))))
+    kv = tuple(recorder.kv[index] for index in range(len(layers)))
+    return Trace(tuple(calls), kv, children)

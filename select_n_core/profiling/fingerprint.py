@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import transformers
 
-from select_n_core.config import DType, LinkConfig
+from select_n_core.config import DType, LinkConfig, UnitKind
 from select_n_core.models.source import model_config_hash
 from select_n_core.record import Fingerprint
 
@@ -21,7 +24,9 @@ def device_name(link_kind: str) -> str:
     return _cpu_name()
 
 
-def fingerprint(source: str, directory: Path, dtype: DType, link: LinkConfig) -> Fingerprint:
+def fingerprint(
+    source: str, directory: Path, dtype: DType, link: LinkConfig, units: UnitKind = "layer"
+) -> Fingerprint:
     """The fingerprint of `source` (found at `directory`) on this machine."""
     return Fingerprint(
         device=device_name(link.kind),
@@ -34,7 +39,24 @@ def fingerprint(source: str, directory: Path, dtype: DType, link: LinkConfig) ->
         model=source,
         model_hash=model_config_hash(directory),
         dtype=dtype,
+        units=units,
     )
+
+
+def weights_key(directory: Path, dtype: DType, units: UnitKind) -> str:
+    """Names the bytes that the units of this checkpoint have in memory on this machine.
+
+    Two replicas whose keys are equal may share them, so it covers the files themselves, not only
+    what the model is called.
+    """
+    files = sorted(path.resolve() for path in directory.glob("*.safetensors"))
+    stats = [(path.name, path.stat()) for path in files]
+    facts = [
+        [name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns] for name, stat in stats
+    ]
+    versions = [version("select-n"), torch.__version__, transformers.__version__]
+    said = json.dumps([facts, model_config_hash(directory), dtype, units, versions])
+    return hashlib.sha256(said.encode()).hexdigest()[:24]
 
 
 def _cpu_name() -> str:

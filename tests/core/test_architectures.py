@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 import torch
 from parity import CPU, answers_of, answers_of_transformers, assert_same, placed, random_prompts
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from select_n_core.errors import StreamingError, UnsupportedModelError
 from select_n_core.kv.attention import PagedAttention
 from select_n_core.links.emulated import EmulatedLink
+from select_n_core.models.lazy import hollow_model
 from select_n_core.models.load import (
     ARCHITECTURES,
+    LoadedModel,
     check_architecture,
     load_model,
     take_apart,
@@ -22,6 +25,7 @@ from select_n_core.models.seam import AttentionTraits
 
 torch.set_num_threads(1)
 
+EMBEDDING = "model.embed_tokens.weight"
 VOCAB = 128
 NEW_TOKENS = 12
 PROMPTS = random_prompts([20, 1, 9, 14], VOCAB)
@@ -242,11 +246,11 @@ CASES = {
 }
 
 
-def build(name: str) -> Any:
+def build(name: str, **more: Any) -> Any:
     """A tiny model of `name` in float32 whose every parameter matters to the answer."""
     case = CASES[name]
     shape = {key: value for key, value in SHAPE.items() if key not in case.without}
-    shape |= {"tie_word_embeddings": case.tied} | case.config
+    shape |= {"tie_word_embeddings": case.tied} | case.config | more
     config = AutoConfig.for_model(name, **shape)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -329,22 +333,179 @@ def test_tokens_are_those_of_transformers_resident_and_at_every_k(name, link, mo
     )
 
 
-@pytest.mark.parametrize("name", ["gemma2", "deepseek_v3", "opt"])
-def test_a_saved_checkpoint_loads_into_the_same_tokens(name, link, tmp_path):
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_half_layers_stream_into_the_same_tokens(name, link):
+    module = build(name)
+    expected = answers_of_transformers(module, PROMPTS[:2], NEW_TOKENS)
+    model = take_apart(module, "half")
+    halves = len(model.units)
+    assert halves == 2 * len(model.layers) == 2 * len(model.kv)
+    for k, slots in [(0, 1), (1, 1), (3, 2), (halves - 1, 3), (halves, 1), (halves, 2)]:
+        with placed(model, link, CPU, k=k, slots=slots, poison=True) as executor:
+            assert_same(answers_of(executor, PROMPTS[:2], NEW_TOKENS, 7), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_halves_of_a_layer_are_its_attention_and_the_rest(name):
+    model, whole = take_apart(build(name), "half"), take_apart(build(name))
+    assert model.static.nbytes == whole.static.nbytes
+    for index, layer in enumerate(whole.units):
+        first, second = model.units[2 * index : 2 * index + 2]
+        assert first.nbytes + second.nbytes == layer.nbytes
+        assert min(first.nbytes, second.nbytes) > layer.nbytes / 10
+        inside = [type(m).__name__ for m in model.runs[2 * index].modules]
+        assert "Attention" in "".join(inside)
+        assert not any("MLP" in each or "Experts" in each for each in inside)
+
+
+class TestLayersThatCannotBeCut:
+    def refusal(self, module: Any) -> str:
+        take_apart(module)  # whole layers are fine
+        with pytest.raises(UnsupportedModelError, match="write `units: layer`") as caught:
+            take_apart(module, "half")
+        assert caught.value.field == "units"
+        return str(caught.value)
+
+    def test_a_tensor_of_the_layer_itself(self):
+        module = build("llama")
+        module.model.layers[1].scale = torch.nn.Parameter(torch.ones(3))
+        assert "'llama': its layer 1 cannot be cut" in self.refusal(module)
+        assert "holds 'scale' itself" in self.refusal(module)
+
+    def test_a_tensor_in_a_module_that_is_never_called(self):
+        module = build("llama")
+        module.model.layers[2].spare = torch.nn.Linear(2, 2, bias=False)
+        assert "layer 2 cannot be cut into halves, because it holds 'weight' in a Linear" in (
+            self.refusal(module)
+        )
+
+    def test_a_module_that_is_called_in_both_halves(self):
+        module = build("llama")
+        for layer in module.model.layers:
+            layer.post_attention_layernorm = layer.input_layernorm
+        assert "more than once" in self.refusal(module)
+
+    def test_a_tensor_that_is_used_in_both_halves(self):
+        module = build("llama")
+        layer = module.model.layers[0]
+        layer.post_attention_layernorm.weight = layer.input_layernorm.weight
+        assert "layer 0 cannot be cut into halves, because it uses one tensor in both halves" in (
+            self.refusal(module)
+        )
+
+
+# Loading.
+
+
+def filled(model: LoadedModel) -> list[Tensor]:
+    """The bytes of every unit and of the static tensors, as placing fills them."""
+    buffers = []
+    for unit in [*model.units, model.static]:
+        buffers.append(torch.zeros(unit.nbytes, dtype=torch.uint8))
+        unit.fill(buffers[-1])
+    return buffers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_checkpoint_is_read_into_the_bytes_that_transformers_loads(
+    name, dtype, tmp_path, monkeypatch, caplog
+):
+    module = build(name)
+    module.save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    expected = filled(take_apart(whole))
+    model = load_model(tmp_path, dtype)
+    assert "read whole" not in caplog.text
+    held = [tensor.numel() for unit in [*model.units, model.static] for tensor in unit.tensors()]
+    assert not any(held)
+    for _ in range(2):
+        assert all(map(torch.equal, filled(model), expected))
+    assert (model.max_context, model.vocab_size) == (96, VOCAB)
+    assert model.dtype == getattr(torch, dtype)
+    types = [t.dtype for unit in model.units for t in unit.tensors()]
+    assert types == [t.dtype for unit in take_apart(whole).units for t in unit.tensors()]
+    model.release_source()
+    with pytest.raises(StreamingError, match="source was released"):
+        filled(model)
+
+
+class TestCheckpointsThatAreOdd:
+    """Of a Llama with tied embeddings, whose saved tensors a test changes."""
+
+    @pytest.fixture
+    def saved(self, tmp_path):
+        module = build("llama", tie_word_embeddings=True)
+        module.save_pretrained(tmp_path)
+        return tmp_path
+
+    def change(self, directory, **tensors: Tensor | None) -> None:
+        path = directory / "model.safetensors"
+        content = load_file(path) | {key.replace("__", "."): t for key, t in tensors.items()}
+        kept = {key: tensor for key, tensor in content.items() if tensor is not None}
+        save_file(kept, path, metadata={"format": "pt"})
+
+    def check(self, directory) -> None:
+        """What is loaded is what transformers loads."""
+        whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        expected = filled(take_apart(whole))
+        assert all(map(torch.equal, filled(load_model(directory, "float32")), expected))
+
+    def test_tied_embeddings_that_were_saved_twice_are_placed_once(self, saved, caplog):
+        once = load_model(saved, "float32").static.nbytes
+        self.change(saved, lm_head__weight=load_file(saved / "model.safetensors")[EMBEDDING])
+        assert load_model(saved, "float32").static.nbytes == once
+        self.check(saved)
+        assert "read whole" not in caplog.text
+
+    def test_tied_embeddings_that_differ_are_read_whole_and_said_so(self, saved, caplog):
+        once = load_model(saved, "float32").static.nbytes
+        self.change(saved, lm_head__weight=torch.ones(VOCAB, 32))
+        assert load_model(saved, "float32").static.nbytes > once
+        assert "should be tied but differ" in caplog.text
+        assert "read whole before they are placed" in caplog.text
+        self.check(saved)
+
+    def test_tensors_that_nobody_needs_do_no_harm(self, saved, caplog):
+        self.change(saved, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8))
+        self.check(saved)
+        assert "read whole" not in caplog.text
+
+    def test_a_tensor_that_is_missing_is_named(self, saved):
+        self.change(saved, model__layers__1__mlp__up_proj__weight=None)
+        with pytest.raises(UnsupportedModelError, match=r"lack 1 tensors .*layers\.1\.mlp\.up"):
+            load_model(saved, "float32")
+
+    def test_a_tensor_of_another_shape_is_named(self, saved):
+        self.change(saved, model__layers__1__mlp__up_proj__weight=torch.ones(32, 48))
+        with pytest.raises(UnsupportedModelError, match=r"up_proj.* shape \[32, 48\].* \[48, 32\]"):
+            load_model(saved, "float32")
+
+    def test_a_checkpoint_is_not_needed_any_more_once_it_is_placed(self, saved, link):
+        model = load_model(saved, "float32")
+        with placed(model, link, CPU, k=1) as executor:
+            model.release_source()
+            (saved / "model.safetensors").unlink()
+            assert answers_of(executor, PROMPTS[:1], 3)
+
+
+def test_a_model_of_zeros_takes_no_memory_and_has_real_frequencies():
+    module = hollow_model(build("llama").config, torch.bfloat16)
+    assert not any(parameter.any() for parameter in module.parameters())
+    assert len({parameter.data_ptr() for parameter in module.parameters()}) == 1
+    assert torch.equal(module.model.rotary_emb.inv_freq, build("llama").model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("units", ["layer", "half"])
+@pytest.mark.parametrize("name", ["gemma2", "deepseek_v3", "opt", "gpt_oss"])
+def test_a_saved_checkpoint_loads_into_the_same_tokens(name, units, link, tmp_path):
     module = build(name)
     module.save_pretrained(tmp_path)
     expected = answers_of_transformers(module, PROMPTS, NEW_TOKENS)
-    model = load_model(tmp_path, "float32")
-    assert (model.max_context, model.vocab_size) == (96, VOCAB)
+    model = load_model(tmp_path, "float32", units)
     with placed(model, link, CPU, k=2) as executor:
+        model.release_source()
         assert_same(answers_of(executor, PROMPTS, NEW_TOKENS, chunk=7), expected, atol=1e-4)
-
-
-def test_a_checkpoint_is_loaded_in_the_type_that_was_asked_for(tmp_path):
-    build("qwen3").save_pretrained(tmp_path)
-    model = load_model(tmp_path, "bfloat16")
-    assert model.dtype == torch.bfloat16
-    assert all(t.dtype == torch.bfloat16 for unit in model.units for t in unit.tensors())
 
 
 # What is refused, and why.

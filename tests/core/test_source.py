@@ -10,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from select_n_core.errors import (
     ConfigError,
@@ -19,6 +22,7 @@ from select_n_core.errors import (
     UnsupportedModelError,
 )
 from select_n_core.models import demo
+from select_n_core.models.checkpoint import Checkpoint
 from select_n_core.models.source import model_config_hash, resolve
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "rope_parameters": {"rope_theta": 1e4}}
@@ -285,6 +289,97 @@ def test_the_hash_follows_the_model_and_not_who_wrote_the_file(tmp_path: Path) -
 def test_no_hash_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"config\.json"):
         model_config_hash(tmp_path)
+
+
+# --- the weights in it -------------------------------------------------------------------------
+
+WEIGHTS = {
+    "flat": torch.arange(7, dtype=torch.int64),
+    "deep": torch.arange(24.0).reshape(2, 3, 4),
+    "none": torch.empty(0, 5),
+    "one": torch.tensor(2.5, dtype=torch.bfloat16),
+    "turned": torch.arange(6.0).reshape(2, 3).T.contiguous(),
+}
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    save_file(WEIGHTS, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+def test_every_tensor_is_read_as_it_was_written(weights: Path) -> None:
+    checkpoint = Checkpoint(weights)
+    assert checkpoint.names == set(WEIGHTS)
+    for name, truth in WEIGHTS.items():
+        assert checkpoint.shape(name) == tuple(truth.shape)
+        assert torch.equal(checkpoint.tensor(name, truth.dtype), truth)
+        assert torch.equal(checkpoint.tensor(name, torch.float16), truth.to(torch.float16))
+
+
+def test_a_tensor_larger_than_a_piece_arrives_whole(tmp_path: Path) -> None:
+    big = torch.arange(5_000_000, dtype=torch.int32)
+    save_file({"big": big, "same": big.clone(), "other": big + 1}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    assert torch.equal(checkpoint.tensor("big", torch.int32), big)
+    assert torch.equal(checkpoint.tensor("big", torch.float64), big.double())
+    assert checkpoint.equal("big", "same")
+    assert not checkpoint.equal("big", "other")
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
+    for name in ("flat", "deep"):
+        save_file({name: WEIGHTS[name]}, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in ("flat", "deep")}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.names == {"flat", "deep"}
+    assert torch.equal(checkpoint.tensor("deep", torch.float32), WEIGHTS["deep"])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "a header of 0 bytes"),
+        (b"weights", "a header of"),
+        ((8).to_bytes(8, "little") + b"no json!", "Expecting value"),
+        ((2).to_bytes(8, "little") + b"[]", "no JSON object"),
+        ((11).to_bytes(8, "little") + b'{"a":{"b":1', "delimiter"),
+    ],
+)
+def test_what_is_no_safetensors_is_refused_by_name(
+    tmp_path: Path, content: bytes, why: str
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=r"model\.safetensors cannot be read") as caught:
+        Checkpoint(tmp_path)
+    assert why in str(caught.value)
+    assert caught.value.field == "source"
+
+
+def test_a_download_that_was_cut_off_is_refused_before_anything_is_placed(weights: Path) -> None:
+    path = weights / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UnsupportedModelError, match=r"is the file cut off\?\); download"):
+        Checkpoint(weights)
+
+
+def test_weights_that_vanish_or_shrink_later_are_an_error_and_not_garbage(weights: Path) -> None:
+    checkpoint = Checkpoint(weights)
+    path = weights / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        *_, last = file.offset_keys()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UnsupportedModelError, match="shorter than it was"):
+        checkpoint.tensor(last, WEIGHTS[last].dtype)
+    path.unlink()
+    with pytest.raises(UnsupportedModelError, match="No such file"):
+        checkpoint.tensor("deep", torch.float32)
+
+
+def test_a_view_of_another_size_is_refused(weights: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"deep .* \[2, 3, 4\], the model has \[5\]"):
+        Checkpoint(weights).read("deep", torch.zeros(5))
 
 
 # --- the demo ----------------------------------------------------------------------------------

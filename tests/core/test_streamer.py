@@ -80,7 +80,7 @@ class Bench:
             self.link.register(mirrors[i])
         largest = max(unit.nbytes for unit in self.units)
         self.streamer = WeightStreamer(
-            list(zip(self.units, self.layers, strict=True)),
+            list(zip(self.units, self.layers, self.layers, strict=True)),
             homes,
             mirrors,
             [self.fake.device_memory(largest) for _ in range(self.slots)],
