@@ -22,8 +22,17 @@ def available_host_bytes() -> int:
     available = int(meminfo["MemAvailable"].split()[0]) << 10
     limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
     if limit.exists() and (most := limit.read_text().strip()) != "max":
-        available = min(available, int(most) - int(used.read_text()))
+        available = min(available, int(most) - int(used.read_text()) + _reclaimable_bytes())
     return available
+
+
+def _reclaimable_bytes() -> int:
+    """Page cache that the control group is charged for: it goes when memory is asked for."""
+    stat = _CGROUP / "memory.stat"
+    if not stat.exists():
+        return 0
+    pages = dict(line.split() for line in stat.read_text().splitlines())
+    return sum(int(pages.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
 
 
 def available_device_bytes(device: torch.device) -> int:

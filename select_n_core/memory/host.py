@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,8 +11,27 @@ from torch import Tensor
 from select_n_core.errors import SelectNError
 
 
+class HostBytes(Protocol):
+    """Host memory that somebody owns until `close`.
+
+    Attributes:
+        bytes: one flat uint8 tensor. nbytes: its length.
+        read_only: a write through `bytes` ends the process; CUDA must be told when it registers.
+    """
+
+    bytes: Tensor
+    nbytes: int
+    read_only: bool
+
+    def close(self) -> None:
+        """Give the bytes back once the last tensor over them is gone. Idempotent."""
+        ...
+
+
 class HostMap:
     """An anonymous map of `nbytes` (rounded up to a page), as one flat uint8 tensor."""
+
+    read_only: bool = False
 
     def __init__(self, nbytes: int) -> None:
         if nbytes < 1:

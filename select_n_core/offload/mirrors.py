@@ -15,21 +15,10 @@ from torch import Tensor
 from select_n_core.decisions.layout import ModelMemory
 from select_n_core.decisions.order import offload_order
 from select_n_core.links.base import Copy, Direction, Link
-from select_n_core.memory.host import HostMap
+from select_n_core.memory.host import HostBytes, HostMap
 
 MIRROR = "mirror"  # the kind of link bytes that write a mirror from a home
 PIECE_BYTES = 16 << 20  # between weight copies, a longer one would be a stall
-
-
-class HostBytes(Protocol):
-    """An exact piece of host memory."""
-
-    bytes: Tensor
-    nbytes: int
-
-    def close(self) -> None:
-        """Give it back once the last tensor over it is gone."""
-        ...
 
 
 class HostMaps(Protocol):
@@ -116,7 +105,7 @@ class Mirrors:
         """Mirror the first `count` units, each written by its own of `fills` (by unit)."""
         for unit in self._order[:count]:
             host = self._maps.attach(unit, self._memory.unit_bytes[unit], fills[unit])
-            self._link.register(host.bytes)
+            self._link.register(host.bytes, read_only=host.read_only)
             self._hosts[unit] = host
 
     def grow(self, home_of: Callable[[int], Tensor]) -> int | None:
@@ -168,7 +157,7 @@ class Mirrors:
     ) -> tuple[int, HostBytes, list[Copy]]:
         nbytes = self._memory.unit_bytes[unit]
         if (found := self._maps.find(unit, nbytes)) is not None:
-            self._link.register(found.bytes)
+            self._link.register(found.bytes, read_only=found.read_only)
             return unit, found, []
         host = self._maps.begin(unit, nbytes)
         self._link.register(host.bytes)
