@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Provenance:
                 "memory_bytes": psutil.virtual_memory().total,
             },
             "versions": {
-                name: version(name) for name in ("torch", "transformers", "ray", "select-n")
+                name: _version(name) for name in ("torch", "transformers", "ray", "select-n")
             },
             "python": sys.version.split()[0],
             "commit": self._commit,
@@ -62,6 +63,14 @@ def publish(name: str, document: dict[str, Any], *, as_json: bool, lines: list[s
 def note(line: str) -> None:
     """Progress, on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def _version(name: str) -> str | None:
+    """Of an installed package; a GPU machine need not have all of them."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _arguments() -> list[str]:
@@ -82,6 +91,9 @@ def _own_seconds() -> float:
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return ""
+
     def git(*arguments: str) -> str:
         done = subprocess.run(
             ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False

@@ -66,8 +66,11 @@ class Link(Protocol):
     kind: str
     counters: LinkCounters
 
-    def register(self, host: Tensor) -> None:
-        """Make host memory a legal copy partner (pin it); `host` must outlive the registration."""
+    def register(self, host: Tensor, *, read_only: bool = False) -> None:
+        """Make host memory a legal copy partner (pin it); `host` must outlive the registration.
+
+        `read_only` memory is mapped without the right to write: copies may only come from it.
+        """
         ...
 
     def unregister(self, host: Tensor) -> None:
@@ -112,27 +115,35 @@ class Registry:
 
     def __init__(self) -> None:
         self._ranges: dict[int, int] = {}
+        self._read_only: set[int] = set()
 
-    def add(self, host: Tensor) -> None:
+    def add(self, host: Tensor, *, read_only: bool = False) -> None:
         """Remember a range."""
         if host.device.type != "cpu":
             raise LinkError(f"only host memory can be registered, got a tensor on {host.device}")
         if host.data_ptr() in self._ranges:
             raise LinkError(f"host memory at {host.data_ptr():#x} is already registered")
         self._ranges[host.data_ptr()] = host.numel() * host.element_size()
+        if read_only:
+            self._read_only.add(host.data_ptr())
 
     def remove(self, host: Tensor) -> None:
         """Forget a range."""
         if self._ranges.pop(host.data_ptr(), None) is None:
             raise LinkError(f"host memory at {host.data_ptr():#x} is not registered")
+        self._read_only.discard(host.data_ptr())
 
-    def check(self, host: Tensor) -> None:
-        """Raise unless `host` lies in one registered range."""
+    def check(self, host: Tensor, direction: Direction) -> int:
+        """The start of the registered range that `host` lies in; raises unless there is one."""
         start, end = host.data_ptr(), host.data_ptr() + host.numel() * host.element_size()
-        if not any(base <= start and end <= base + nbytes for base, nbytes in self._ranges.items()):
-            raise LinkError(
-                f"host memory at {start:#x} is not registered with this link; register it first"
-            )
+        for base, nbytes in self._ranges.items():
+            if base <= start and end <= base + nbytes:
+                if direction is Direction.TO_HOST and base in self._read_only:
+                    raise LinkError(f"host memory at {start:#x} was registered as read-only")
+                return base
+        raise LinkError(
+            f"host memory at {start:#x} is not registered with this link; register it first"
+        )
 
 
 def check_shapes(target: Tensor, source: Tensor) -> None:

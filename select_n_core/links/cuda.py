@@ -6,7 +6,9 @@ with a runtime that keeps streams and events on a virtual clock.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,9 @@ from select_n_core.links.base import (
     Registry,
     check_shapes,
 )
+
+PIECE_BYTES = 32 << 20  # registering more at once stalls the GPU and its neighbours
+_REGISTER_READ_ONLY = 0x08  # cudaHostRegisterReadOnly
 
 
 class Runtime(Protocol):
@@ -58,8 +63,8 @@ class Runtime(Protocol):
         """Seconds between two events that have happened."""
         ...
 
-    def pin(self, address: int, nbytes: int) -> None:
-        """Page-lock a host range."""
+    def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
+        """Page-lock a host range; `read_only` where this process may not write to it."""
         ...
 
     def unpin(self, address: int) -> None:
@@ -113,9 +118,11 @@ class CudaRuntime:
         """See `Runtime`."""
         return float(start.elapsed_time(end)) / 1e3
 
-    def pin(self, address: int, nbytes: int) -> None:
+    def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """See `Runtime`."""
-        self._check(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0), "cudaHostRegister")
+        flags = _REGISTER_READ_ONLY if read_only else 0
+        status = torch.cuda.cudart().cudaHostRegister(address, nbytes, flags)
+        self._check(status, "cudaHostRegister")
 
     def unpin(self, address: int) -> None:
         """See `Runtime`."""
@@ -165,33 +172,48 @@ class CudaLink:
     Args:
         device: the CUDA device of this replica.
         runtime: None is the real one.
+        piece_bytes: host memory is registered in pieces of at most this size, a whole number of
+            pages. A copy is enqueued piece by piece, back to back: the driver does not promise
+            that one copy may cross from one registration to the next.
     """
 
     kind = "cuda"
 
-    def __init__(self, device: torch.device, runtime: Runtime | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        runtime: Runtime | None = None,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        if piece_bytes < 1 or piece_bytes % mmap.PAGESIZE:
+            raise LinkError(f"piece_bytes must be whole pages, got {piece_bytes}")
         self._runtime = runtime if runtime is not None else CudaRuntime(device)
         self.counters = LinkCounters()
         self._registry = Registry()
-        self._pinned: list[Tensor] = []
+        self._pinned: dict[int, Tensor] = {}  # by address
+        self._piece_bytes = piece_bytes
         self._streams = {direction: self._runtime.new_stream() for direction in Direction}
         self._closed = False
 
-    def register(self, host: Tensor) -> None:
+    def register(self, host: Tensor, *, read_only: bool = False) -> None:
         """See `Link.register`."""
-        self._registry.add(host)
+        self._registry.add(host, read_only=read_only)
+        done: list[int] = []
         try:
-            self._runtime.pin(host.data_ptr(), host.numel())
+            for start, end in self._pieces(host.data_ptr(), 0, host.numel()):
+                self._runtime.pin(host.data_ptr() + start, end - start, read_only=read_only)
+                done.append(host.data_ptr() + start)
         except LinkError:
+            for address in done:
+                self._runtime.unpin(address)
             self._registry.remove(host)
             raise
-        self._pinned.append(host)
+        self._pinned[host.data_ptr()] = host
 
     def unregister(self, host: Tensor) -> None:
         """See `Link.unregister`."""
         self._registry.remove(host)
-        self._runtime.unpin(host.data_ptr())
-        self._pinned = [other for other in self._pinned if other.data_ptr() != host.data_ptr()]
+        self._unpin(self._pinned.pop(host.data_ptr()))
 
     def copy(
         self,
@@ -206,7 +228,8 @@ class CudaLink:
         if self._closed:
             raise LinkError("the link is closed")
         check_shapes(target, source)
-        self._registry.check(source if direction is Direction.TO_DEVICE else target)
+        host = source if direction is Direction.TO_DEVICE else target
+        base = self._registry.check(host, direction)
         stream = self._streams[direction]
         for event in after:
             if not isinstance(event, CudaEvent):
@@ -214,7 +237,8 @@ class CudaLink:
             self._runtime.stream_wait(stream, event.event)
         start = self._runtime.record(stream)  # after the waits: a stall is not a slow link
         try:
-            self._runtime.copy_async(target, source, stream)
+            for begin, stop in self._pieces(base, host.data_ptr() - base, host.numel()):
+                self._runtime.copy_async(target[begin:stop], source[begin:stop], stream)
         except RuntimeError as error:
             raise LinkError(f"a copy over the CUDA link failed: {error}") from error
         end = self._runtime.record(stream)
@@ -248,6 +272,21 @@ class CudaLink:
             return
         self._closed = True
         self.drain()
-        for host in self._pinned:
-            self._runtime.unpin(host.data_ptr())
+        for host in self._pinned.values():
+            self._unpin(host)
         self._pinned.clear()
+
+    def _unpin(self, host: Tensor) -> None:
+        for start, _ in self._pieces(host.data_ptr(), 0, host.numel()):
+            self._runtime.unpin(host.data_ptr() + start)
+
+    def _pieces(self, base: int, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        """[start, end) offsets into [base + offset, + nbytes), cut at the registration's pieces.
+
+        Cuts lie on page boundaries: two registrations may not share a page.
+        """
+        first = -base % mmap.PAGESIZE + self._piece_bytes  # the first piece takes the odd start
+        cuts = [
+            cut - offset for cut in range(first, offset + nbytes, self._piece_bytes) if cut > offset
+        ]
+        return list(pairwise([0, *cuts, nbytes]))

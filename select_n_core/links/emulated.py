@@ -95,9 +95,9 @@ class EmulatedLink:
         self._workers: dict[Direction, _Worker] = {}
         self._closed = False
 
-    def register(self, host: Tensor) -> None:
+    def register(self, host: Tensor, *, read_only: bool = False) -> None:
         """See `Link.register`."""
-        self._registry.add(host)
+        self._registry.add(host, read_only=read_only)
 
     def unregister(self, host: Tensor) -> None:
         """See `Link.unregister`."""
@@ -116,7 +116,8 @@ class EmulatedLink:
         if self._closed:
             raise LinkError("the link is closed")
         check_shapes(target, source)
-        self._registry.check(source if direction is Direction.TO_DEVICE else target)
+        host = source if direction is Direction.TO_DEVICE else target
+        self._registry.check(host, direction)
         events: list[EmulatedEvent] = []
         for event in after:
             if not isinstance(event, EmulatedEvent):

@@ -13,12 +13,16 @@ from torch import Tensor
 from select_n_core.decisions.layout import DeviceLayout, ModelMemory, device_layout
 from select_n_core.decisions.order import streamed_units
 from select_n_core.errors import DeviceMemoryError, HostMemoryError, InputError
-from select_n_core.kv.attention import PagedAttention, Row
+from select_n_core.kv.attention import Row
 from select_n_core.kv.blocks import BlockTable
 from select_n_core.kv.cache import KVCache, block_bytes
+from select_n_core.kv.pick import AttentionKind, pick_attention
+from select_n_core.kv.upload import upload
 from select_n_core.links.base import Link
 from select_n_core.memory.arena import Arena
 from select_n_core.models.load import LoadedModel
+from select_n_core.offload.capture import GraphRuntime
+from select_n_core.offload.graphs import DecodeGraphs, DecodeRow, Graphs, graph_runtime
 from select_n_core.offload.mirrors import HostMaps, Mirrors, PrivateMaps
 from select_n_core.offload.streamer import WeightStreamer
 from select_n_core.units import FlatUnit
@@ -53,6 +57,8 @@ class Placement:
         threads: torch threads on a CPU device; None follows `compute_threads`.
         resident_threads: the same while nothing is streamed; None is `threads`.
         poison: fill released slots with NaN.
+        attention: the implementation; None picks by device and what is installed.
+        graphs: which decode steps are captured, on a GPU.
     """
 
     arena_bytes: int
@@ -66,6 +72,8 @@ class Placement:
     threads: int | None = None
     resident_threads: int | None = None
     poison: bool = False
+    attention: AttentionKind | None = None
+    graphs: Graphs = Graphs.OFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,7 @@ class Executor:
 
     Args:
         maps: where mirrors come from.
+        graphs: what captures `placement.graphs`; None is the device's own.
 
     Raises:
         DeviceMemoryError: the placement does not fit the arena.
@@ -102,6 +111,7 @@ class Executor:
         link: Link,
         device: torch.device,
         maps: HostMaps | None = None,
+        graphs: GraphRuntime | None = None,
     ) -> None:
         self.model = model
         self.placement = placement
@@ -110,12 +120,16 @@ class Executor:
         self.memory = model_memory(model, placement.block_tokens)
         self.k = placement.k
         self._closed = False
+        graphs = graphs or graph_runtime(placement.graphs, device)
         self.layout = self._layout()
         self.arena = Arena(placement.arena_bytes, device)
         self._mirrors = self._fill_mirrors(maps or PrivateMaps())
         self._homes = self._fill_homes()
         self._streamer = WeightStreamer(
-            list(zip(model.units, model.layers, strict=True)),
+            [
+                (unit, run.first, run.last)
+                for unit, run in zip(model.units, model.runs, strict=True)
+            ],
             self._homes,
             self.mirrors,
             [self.arena.region(offset, self.memory.slot_bytes) for offset in self.layout.slots],
@@ -135,6 +149,29 @@ class Executor:
         self.blocks = BlockTable(
             self.layout.kv_ids(self.k), placement.block_tokens, self.layout.ring_id
         )
+        self._attention = pick_attention(
+            self.cache, model.kv, model.dtype, device, placement.attention
+        )
+        self._graphs: DecodeGraphs | None = None
+        if graphs is not None:
+            self._graphs = DecodeGraphs(
+                model.module,
+                [(run.first, run.last) for run in model.runs],
+                self._streamer,
+                self._attention,
+                graphs,
+                placement.graphs,
+            )
+
+    @property
+    def attention(self) -> AttentionKind:
+        """The attention that was picked."""
+        return self._attention.kind
+
+    @property
+    def graphs(self) -> DecodeGraphs | None:
+        """The captured steps, for their counters; None where nothing is captured."""
+        return self._graphs
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -236,27 +273,47 @@ class Executor:
         Returns:
             [rows that want logits, vocab]: after each one's last new token, in order.
         """
-        attention = PagedAttention(
-            self.cache,
-            [Row(row.blocks, row.context, len(row.tokens)) for row in rows],
-            self.device,
+        self._set_threads()
+        with torch.inference_mode():
+            logits = self._replayed(rows)
+            if logits is None:
+                logits = self._forward(rows)
+        self._lend()
+        return logits
+
+    def _replayed(self, rows: Sequence[StepRow]) -> Tensor | None:
+        """The step as a captured graph, where there is one for it."""
+        if self._graphs is None or any(len(row.tokens) > 1 for row in rows):
+            return None
+        size = self.placement.block_tokens
+        decoding = [
+            DecodeRow(
+                Row(row.blocks[: row.context // size + 1], row.context, 1),
+                row.tokens[0],
+                row.logits,
+            )
+            for row in rows
+        ]
+        return self._graphs.step(decoding, self.streamed)
+
+    def _forward(self, rows: Sequence[StepRow]) -> Tensor:
+        attention = self._attention.step(
+            [Row(row.blocks, row.context, len(row.tokens)) for row in rows]
         )
-        tokens = [token for row in rows for token in row.tokens]
         last, ends = -1, []
         for row in rows:
             last += len(row.tokens)
             if row.logits:
                 ends.append(last)
-        self._set_threads()
-        with torch.inference_mode(), self._streamer.iteration(self.streamed):
+        tokens, keep = upload([[token for row in rows for token in row.tokens], ends], self.device)
+        with self._streamer.iteration(self.streamed):
             logits: Tensor = self.model.module(
-                input_ids=torch.tensor(tokens, device=self.device)[None],
+                input_ids=tokens[None],
                 position_ids=attention.positions[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(ends, dtype=torch.long, device=self.device),
+                logits_to_keep=keep,
                 select_n=attention,
             ).logits[0]
-        self._lend()
         return logits
 
     def close(self) -> None:
@@ -269,7 +326,8 @@ class Executor:
         for unit in [*self.model.units, self.model.static]:
             unit.forget_views()
             unit.unbind()
-        del self.cache
+        self._graphs = None
+        del self.cache, self._attention
         self._homes.clear()
         self._mirrors.close()
         self.arena.close()

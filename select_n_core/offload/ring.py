@@ -63,6 +63,19 @@ class Ring:
         """Tickets issued and not yet released."""
         return len(self._tickets)
 
+    @property
+    def phase(self) -> int | None:
+        """The slot of the next iteration's first ticket, between iterations that are all alike.
+
+        None while a unit is on its way between home and slot.
+        """
+        strays = any(ticket.slot is None for ticket in self._tickets)
+        if strays or self._home & self._wanted or len(self._home | self._wanted) < self.units:
+            return None
+        if self._tickets:
+            return self._tickets[0].slot
+        return self._slot_tickets % max(1, self.slots)
+
     def want(self, streamed: Iterable[int]) -> None:
         """Stream these units from the first turn of each that is not decided yet.
 

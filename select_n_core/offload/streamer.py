@@ -55,7 +55,7 @@ class WeightStreamer:
     its unit has left (`at_home`), and the slots while nothing is streamed.
 
     Args:
-        units: in call order, with the module that carries each.
+        units: in call order, each with the modules before which and after which it has its turn.
         homes: unit -> its permanent device buffer, filled unless the unit is in `streamed`.
         mirrors: unit -> its host buffer, registered with `link`.
         slots: the staging buffers.
@@ -65,7 +65,7 @@ class WeightStreamer:
 
     def __init__(
         self,
-        units: Sequence[tuple[FlatUnit, nn.Module]],
+        units: Sequence[tuple[FlatUnit, nn.Module, nn.Module]],
         homes: Mapping[int, Tensor],
         mirrors: Mapping[int, Tensor],
         slots: Sequence[Tensor],
@@ -74,7 +74,7 @@ class WeightStreamer:
         streamed: Iterable[int] | None = None,
         poison: bool = False,
     ) -> None:
-        self._units = [unit for unit, _ in units]
+        self._units = [unit for unit, _, _ in units]
         self._homes = dict(homes)
         self._mirrors = dict(mirrors)
         self._slots = list(slots)
@@ -94,10 +94,10 @@ class WeightStreamer:
         self._point_at_homes()
         self._handles = [
             handle
-            for index, (_, module) in enumerate(units)
+            for index, (_, first, last) in enumerate(units)
             for handle in (
-                module.register_forward_pre_hook(self._before(index)),
-                module.register_forward_hook(self._after(index)),
+                first.register_forward_pre_hook(self._before(index)),
+                last.register_forward_hook(self._after(index)),
             )
         ]
 
@@ -108,6 +108,14 @@ class WeightStreamer:
         After an iteration with other `streamed` units than before, none of these is among them.
         """
         return self._ring.at_home
+
+    def phase(self, streamed: Collection[int]) -> int | None:
+        """Which slot the first of `streamed` will have, if the last iteration was one like it.
+
+        None while some unit still moves between its home and the ring: then iterations differ.
+        """
+        settled = self._bound == self._ring.at_home and self._ring.wanted == frozenset(streamed)
+        return self._ring.phase if settled and not self._active else None
 
     @contextmanager
     def iteration(self, streamed: Collection[int]) -> Iterator[None]:

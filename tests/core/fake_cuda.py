@@ -9,6 +9,7 @@ from memory that is not pinned.
 
 import heapq
 import itertools
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -61,6 +62,8 @@ class FakeCuda:
     Attributes:
         bytes_per_s: of a copy on any stream.
         failures: raised by the next copies, one each, as a driver would.
+        pinned: address -> bytes of each registration; a copy may not cross from one to the next.
+        strict_pages: two registrations may not share a page (torch's small tensors would).
     """
 
     bytes_per_s: float = 1e9
@@ -68,6 +71,8 @@ class FakeCuda:
     now_s: float = 0.0
     failures: list[Exception] = field(default_factory=list)
     pinned: dict[int, int] = field(default_factory=dict)
+    pins_read_only: dict[int, bool] = field(default_factory=dict)
+    strict_pages: bool = False
     _compute: Stream = field(default_factory=Stream)
     _device: list[Tensor] = field(default_factory=list)
     _due: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
@@ -137,10 +142,17 @@ class FakeCuda:
             raise RuntimeError("elapsed time of an event that has not happened")
         return end.at_s - start.at_s
 
-    def pin(self, address: int, nbytes: int) -> None:
+    def pin(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
+        pages = range(address // mmap.PAGESIZE, -(-(address + nbytes) // mmap.PAGESIZE))
         if address in self.pinned:
             raise LinkError("pinned twice")
+        if self.strict_pages and any(
+            start // mmap.PAGESIZE < pages.stop and pages.start * mmap.PAGESIZE < start + size
+            for start, size in self.pinned.items()
+        ):
+            raise LinkError("a page of it is pinned already")
         self.pinned[address] = nbytes
+        self.pins_read_only[address] = read_only
 
     def unpin(self, address: int) -> None:
         if self.pinned.pop(address, None) is None:

@@ -1,5 +1,6 @@
 """One contract for every link: emulated, CUDA on a virtual clock, and CUDA where there is a GPU."""
 
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from select_n_core.links.base import Copy, Direction, Event, Link
 from select_n_core.links.cuda import CudaLink, CudaRuntime
 from select_n_core.links.emulated import EmulatedEvent, EmulatedLink
 from select_n_core.links.open import open_link
+from select_n_core.memory.host import HostMap
 
 torch.set_num_threads(1)
 
@@ -42,6 +44,7 @@ class Rig:
     device_bytes: Callable[[int], Tensor]
     hold: Callable[[], Held]
     pass_time: Callable[[float], None]
+    real_gpu: bool = False
 
     def host_bytes(self, nbytes: int = NBYTES, value: int | None = None) -> Tensor:
         """Registered host memory, random unless a value is given."""
@@ -92,6 +95,7 @@ def cuda_rig() -> Rig:
         lambda n: torch.zeros(n, dtype=torch.uint8, device=device),
         hold,
         lambda s: time.sleep(s),
+        real_gpu=True,
     )
 
 
@@ -247,6 +251,20 @@ def test_memory_is_registered_once_and_unregistered_once(rig):
         rig.link.unregister(host)
     rig.link.register(host)
     rig.link.copy(rig.device_bytes(NBYTES), host, kind="weights")
+
+
+def test_read_only_memory_is_copied_from_and_never_into(rig):
+    host, device = torch.ones(NBYTES, dtype=torch.uint8), rig.device_bytes(NBYTES)
+    if rig.real_gpu:
+        pytest.skip("a real GPU wants a mapping without the right to write; see the shared maps")
+    rig.link.register(host, read_only=True)
+    rig.until_done(rig.link.copy(device, host, kind="weights"))
+    assert (device == 1).all()
+    with pytest.raises(LinkError, match="read-only"):
+        rig.link.copy(host, device, kind="kv", direction=TO_HOST)
+    rig.link.unregister(host)
+    rig.link.register(host)
+    rig.until_done(rig.link.copy(host, device, kind="kv", direction=TO_HOST))
 
 
 def test_a_closed_link_ended_its_copies_and_takes_no_more(rig):
@@ -419,6 +437,66 @@ def test_memory_that_cannot_be_pinned_is_not_registered(fake):
         rig.link.register(host)
     with pytest.raises(LinkError, match="register it first"):
         rig.link.copy(rig.device_bytes(NBYTES), host, kind="weights")
+
+
+def pieces_rig(fake: FakeCuda, pages_each: int) -> Rig:
+    link = CudaLink(torch.device("cuda"), fake, piece_bytes=pages_each * mmap.PAGESIZE)
+    fake.strict_pages = True
+    return Rig(link, fake.device_memory, lambda: None, fake.pass_time)
+
+
+def test_host_memory_is_pinned_in_pieces_and_no_copy_crosses_from_one_to_the_next(fake):
+    rig, page = pieces_rig(fake, pages_each=4), mmap.PAGESIZE
+    mirror = HostMap(10 * page + 256)
+    mirror.bytes.random_(256)
+    rig.link.register(mirror.bytes)
+    assert list(fake.pinned.values()) == [4 * page, 4 * page, 2 * page + 256]
+    device = rig.device_bytes(mirror.nbytes)
+    whole = rig.link.copy(device, mirror.bytes, kind="weights")  # the fake refuses a crossing
+    part = slice(3 * page + 256, 8 * page + 512)
+    rig.link.drain()
+    assert torch.equal(device, mirror.bytes)
+    assert whole.duration_s() == pytest.approx(3 * 0.5 + mirror.nbytes / 1e6)
+    back = rig.link.copy(device[part], mirror.bytes[part], kind="weights")
+    rig.link.drain()
+    assert back.done()
+    assert rig.link.counters.copies == {(TO_DEVICE, "weights"): 2}
+    rig.link.unregister(mirror.bytes)
+    assert fake.pinned == {}
+
+
+def test_pieces_of_memory_that_starts_inside_a_page_share_no_page(fake):
+    rig, page = pieces_rig(fake, pages_each=1), mmap.PAGESIZE
+    mirror = HostMap(5 * page)
+    odd = mirror.bytes[768 : 3 * page + 512]
+    rig.link.register(odd)
+    assert sum(fake.pinned.values()) == odd.numel()
+    device = rig.device_bytes(odd.numel())
+    odd.random_(256)
+    rig.link.copy(device, odd, kind="weights")
+    rig.link.drain()
+    assert torch.equal(device, odd)
+
+
+def test_a_piece_that_cannot_be_pinned_unpins_the_others(fake):
+    rig, page = pieces_rig(fake, pages_each=1), mmap.PAGESIZE
+    mirror = HostMap(4 * page)
+    fake.pin(mirror.bytes.data_ptr() + 2 * page, page)  # somebody else did
+    with pytest.raises(LinkError, match="pinned twice"):
+        rig.link.register(mirror.bytes)
+    assert list(fake.pinned) == [mirror.bytes.data_ptr() + 2 * page]
+
+
+def test_the_driver_is_told_of_read_only_memory(fake):
+    rig = fake_rig(fake)
+    ours, shared = rig.host_bytes(), torch.zeros(NBYTES, dtype=torch.uint8)
+    rig.link.register(shared, read_only=True)
+    assert fake.pins_read_only == {ours.data_ptr(): False, shared.data_ptr(): True}
+
+
+def test_pieces_are_whole_pages():
+    with pytest.raises(LinkError, match="whole pages"):
+        CudaLink(torch.device("cuda"), FakeCuda(), piece_bytes=1000)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
