@@ -113,10 +113,22 @@ def _value(read: Callable[[Report], float | None]) -> Callable[[Report], Iterabl
 def _units(report: Report) -> Iterable[Point]:
     yield {"state": "streamed"}, report.stats.k
     yield {"state": "home"}, report.info.units - report.stats.k
+    yield {"state": "mirrored"}, report.stats.mirrored
+
+
+def _turns(report: Report) -> Iterable[Point]:
+    for cause, count in report.stats.turns.items():
+        yield {"cause": cause}, count
 
 
 def _link(report: Report) -> Iterable[Point]:
-    yield {"kind": "weights", "direction": "h2d"}, report.stats.link_bytes
+    for (direction, kind), nbytes in report.stats.link_bytes_by.items():
+        yield {"kind": kind, "direction": direction}, nbytes
+
+
+def _preemptions(report: Report) -> Iterable[Point]:
+    yield {"way": "swap"}, report.stats.swaps
+    yield {"way": "recompute"}, report.stats.recomputes
 
 
 REPLICA_SERIES = (
@@ -126,7 +138,21 @@ REPLICA_SERIES = (
         "Layers per streamed one, N = L/k; absent when none streams.",
         _value(lambda report: report.stats.interval),
     ),
-    ReplicaSeries("select_n.units", "{unit}", "Units by place.", _units, ("state",)),
+    ReplicaSeries(
+        "select_n.units",
+        "{unit}",
+        "Units by place; mirrored ones are streamed or could be.",
+        _units,
+        ("state",),
+    ),
+    ReplicaSeries(
+        "select_n.interval.changes",
+        "{change}",
+        "Turns of k, by cause.",
+        _turns,
+        ("cause",),
+        counter=True,
+    ),
     ReplicaSeries(
         "select_n.link.bytes",
         "By",
@@ -151,8 +177,22 @@ REPLICA_SERIES = (
     ReplicaSeries(
         "select_n.host.lease.bytes",
         "By",
-        "Host memory held for mirrors.",
-        _value(lambda report: report.info.host_bytes),
+        "Host memory that mirrors may take.",
+        _value(lambda report: report.stats.lease_bytes),
+    ),
+    ReplicaSeries(
+        "select_n.host.pinned.bytes",
+        "By",
+        "Host memory that mirrors take.",
+        _value(lambda report: report.stats.host_bytes),
+    ),
+    ReplicaSeries(
+        "select_n.preemptions",
+        "{preemption}",
+        "Running requests that gave their KV blocks back for a while.",
+        _preemptions,
+        ("way",),
+        counter=True,
     ),
     ReplicaSeries(
         "select_n.running_requests",

@@ -30,6 +30,7 @@ SERVE_APPLICATION = "serve"
 BUILDER = "deployments.app:build_app"
 
 DType = Literal["bfloat16", "float16", "float32"]
+UnitKind = Literal["layer", "half"]
 
 
 class _Strict(BaseModel):
@@ -118,9 +119,11 @@ class ModelConfig(_Strict):
     dtype: DType = "bfloat16"
     device_memory: Annotated[Bytes, Field(gt=0)]
     host_memory: Annotated[Bytes, Field(ge=0)]
+    host_kv: Annotated[Bytes, Field(ge=0)] = 0
     link: LinkConfig
     slo: SLOConfig
     interval: Interval = "auto"
+    units: UnitKind = "layer"
     slots: Annotated[int, Field(ge=1, le=8)] = 2
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 16
     max_step_tokens: Annotated[int, Field(ge=16, le=16384)] = 256
@@ -129,6 +132,15 @@ class ModelConfig(_Strict):
     engine: Literal["process", "inline"] = "process"
     replicas: ReplicasConfig = ReplicasConfig()
     workload: WorkloadConfig = WorkloadConfig()
+
+    @model_validator(mode="after")
+    def _host_kv_is_a_part(self) -> ModelConfig:
+        if self.host_kv > self.host_memory:
+            raise ValueError(
+                f"host_kv ({self.host_kv} bytes) is a part of host_memory ({self.host_memory} "
+                "bytes) and cannot be more; lower it or raise host_memory"
+            )
+        return self
 
     @model_validator(mode="after")
     def _step_holds_batch(self) -> ModelConfig:

@@ -109,7 +109,7 @@ class DeviceMemoryError(SelectNError):
 
 
 class HostMemoryError(SelectNError):
-    """Host memory cannot hold what was asked, holds something else, or is not given back in time."""
+    """Host memory cannot hold what was asked of it, holds something else, or stays in use."""
 
     code = "host_memory"
 

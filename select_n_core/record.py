@@ -37,7 +37,7 @@ class Fingerprint(_Frozen):
 
     Attributes:
         device: name of the GPU, or of the CPU where the link is emulated.
-        threads: CPU cores that compute may use.
+        threads: CPU cores that compute may use; 0 where a GPU computes.
         model_hash: of the model's configuration.
         units: what moves, decoder layers or their halves.
     """

@@ -49,8 +49,7 @@ def generate(
             raise finished.error
         stats = engine.stats()
     finally:
-        engine.executor.close()
-        engine.executor.link.close()
+        engine.close()
     # The first iteration computes the prompt.
     decode_s = iterations_s[1:] or iterations_s
     return {

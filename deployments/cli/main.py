@@ -30,6 +30,9 @@ LinkOption = Annotated[
     typer.Option("--link", parser=options.link, metavar="LINK", help="cuda or emulated:1GB/s."),
 ]
 DTypeOption = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")]
+UnitsOption = Annotated[
+    str, typer.Option("--units", help="What moves as one: a layer, or half (of one).")
+]
 Config = Annotated[Path, typer.Argument(help="A configuration file, for example quickstart.yaml.")]
 
 
@@ -41,12 +44,13 @@ def profile_command(
     ] = None,
     link: LinkOption = "emulated:1GB/s",
     dtype: DTypeOption = "bfloat16",
+    units: UnitsOption = "layer",
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on this machine and write its performance record."""
     from deployments.cli.offline import profile, profile_lines
 
-    summary = profile(source, link, dtype, output)
+    summary = profile(source, link, dtype, units, output)
     emit(summary, profile_lines(summary), as_json=as_json)
 
 
@@ -140,7 +144,7 @@ def generate_command(
     source: Source,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(help="Output tokens at most.")] = 64,
-    interval: Annotated[str, typer.Option(help="auto, off or N: one in every N layers.")] = "auto",
+    interval: Annotated[str, typer.Option(help="auto, off or N: one in every N units.")] = "auto",
     tpot: Annotated[
         float,
         typer.Option(parser=options.positive_seconds, metavar="TIME", help="Target for auto."),
@@ -155,6 +159,7 @@ def generate_command(
     ] = None,
     link: LinkOption = "emulated:1GB/s",
     dtype: DTypeOption = "bfloat16",
+    units: UnitsOption = "layer",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     as_json: AsJson = False,
@@ -172,6 +177,7 @@ def generate_command(
         link=link,
         slo={"tpot": tpot, "ttft": 3600.0},
         interval=interval,
+        units=units,
         max_batch=1,
         workload={"prompt_tokens": 32, "output_tokens": 32},
     )

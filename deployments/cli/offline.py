@@ -11,7 +11,7 @@ from deployments.cli.output import progress_bar
 from select_n_core.config import DeployConfig
 from select_n_core.decisions.candidate import PlanInputs
 from select_n_core.decisions.plan import Plan, make_plan
-from select_n_core.engine.planning import Prepared, plan_inputs, prepare, record_path
+from select_n_core.engine.planning import UNIT_NAMES, Prepared, plan_inputs, prepare, record_path
 from select_n_core.links.open import open_link
 from select_n_core.models.load import load_model
 from select_n_core.models.source import resolve
@@ -23,12 +23,15 @@ from select_n_core.record import PerformanceRecord, load_record
 _NOISY = 0.08  # of `ModeRecord.noise`
 
 
-def profile(source: str, link: dict[str, Any], dtype: str, output: Path | None) -> dict[str, Any]:
+def profile(
+    source: str, link: dict[str, Any], dtype: str, units: str, output: Path | None
+) -> dict[str, Any]:
     """Measure `source` on this machine; writes `output` and the cache that `serve` reads."""
     config = model_config(
         name="profile",
         source=source,
         dtype=dtype,
+        units=units,
         device_memory=1,
         host_memory=0,
         link=link,
@@ -37,8 +40,8 @@ def profile(source: str, link: dict[str, Any], dtype: str, output: Path | None) 
     opened, _ = open_link(config.link)  # missing hardware is refused before minutes of work
     opened.close()
     directory = resolve(source)
-    here = fingerprint(source, directory, config.dtype, config.link)
-    model = load_model(directory, config.dtype)
+    here = fingerprint(source, directory, config.dtype, config.link, config.units)
+    model = load_model(directory, config.dtype, config.units)
     with progress_bar(f"profiling {source}") as progress:
         record = measure_record(model, here, config.link, Effort(), progress)
     record.save(record_path(here))
@@ -54,6 +57,7 @@ def _profile_summary(record: PerformanceRecord, path: Path) -> dict[str, Any]:
         "model": record.fingerprint.model,
         "device": record.fingerprint.device,
         "units": len(record.unit_bytes),
+        "unit_kind": record.fingerprint.units,
         "unit_bytes": max(record.unit_bytes),
         "static_bytes": record.static_bytes,
         "kv_bytes_per_token": record.kv_bytes_per_token,
@@ -72,8 +76,9 @@ def _profile_summary(record: PerformanceRecord, path: Path) -> dict[str, Any]:
 
 def profile_lines(summary: dict[str, Any]) -> list[str]:
     """A profile's summary for people."""
+    what = UNIT_NAMES[summary["unit_kind"]]
     lines = [
-        f"{summary['model']} on {summary['device']}: {summary['units']} layers of "
+        f"{summary['model']} on {summary['device']}: {summary['units']} {what} of at most "
         f"{format_bytes(summary['unit_bytes'])}",
         f"copy of a layer {format_seconds(summary['transfer_s'])} "
         f"({summary['link']['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s, {summary['link']['kind']}), "
@@ -98,6 +103,7 @@ def plan_record(path: Path, **fields: Any) -> tuple[PerformanceRecord, PlanInput
         name="plan",
         source=record.fingerprint.model,
         dtype=record.fingerprint.dtype,
+        units=record.fingerprint.units,
         link={"kind": "emulated", "bandwidth": record.link_bytes_per_s},
         **fields,
     )

@@ -23,6 +23,7 @@ class PlanInputs:
         max_batch: running requests at most. max_step_tokens: tokens per step at most (B_max).
         max_context: positions the model was made for.
         forced_k: a user's fixed interval; None lets the planner choose.
+        unit_name: what several units are called, for people.
     """
 
     memory: ModelMemory
@@ -38,6 +39,7 @@ class PlanInputs:
     output_tokens: int = 64
     rate_per_s: float | None = None
     forced_k: int | None = None
+    unit_name: str = "layers"
 
 
 class Serving(NamedTuple):

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 from select_n_core.decisions.law import UnitCost, iteration_s
+from select_n_core.decisions.order import offload_order
 from select_n_core.errors import InputError
 
 _RESOLUTION_S = (
@@ -121,6 +122,7 @@ class LatencyModel:
     Attributes:
         units: L.
         transfer_s: t, of the largest unit, host to device.
+        unit_shares: bytes of every unit against the largest, where they differ; else empty.
         streaming: compute while a link worker runs (k > 0).
         resident: compute at k = 0; None where the model was never measured so.
     """
@@ -129,6 +131,14 @@ class LatencyModel:
     transfer_s: float
     streaming: ComputeModel
     resident: ComputeModel | None = None
+    unit_shares: tuple[float, ...] = ()
+
+    def copies_s(self, k: int) -> float:
+        """Seconds per step in which the weights of `k` units use the link."""
+        if not self.unit_shares:
+            return k * self.transfer_s
+        shares = (self.unit_shares[unit] for unit in offload_order(self.units)[:k])
+        return self.transfer_s * sum(shares)
 
     def iteration_s(
         self, shape: StepShape, k: int, slots: int, *, rows: int | None = None
@@ -145,8 +155,9 @@ class LatencyModel:
     ) -> float:
         outside_s = round(compute.outside(rows) / _RESOLUTION_S) * _RESOLUTION_S
         alone_s = self.units * compute.unit_s(shape) + outside_s
-        cost = compute.cost(shape, link_busy=min(1.0, k * self.transfer_s / alone_s))
-        return iteration_s(self.units, k, slots, cost, outside_s, self.transfer_s)
+        cost = compute.cost(shape, link_busy=min(1.0, self.copies_s(k) / alone_s))
+        transfer_s = tuple(self.transfer_s * share for share in self.unit_shares)
+        return iteration_s(self.units, k, slots, cost, outside_s, transfer_s or self.transfer_s)
 
     def free_tokens(self, shape: StepShape, k: int, slots: int, limit: int) -> int:
         """Prompt tokens that can join the step at no cost in time, up to `limit` (B*).

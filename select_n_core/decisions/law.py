@@ -49,7 +49,12 @@ class UnitCost:
 
 
 def iteration_s(
-    units: int, k: int, slots: int, cost: UnitCost | float, outside_s: float, transfer_s: float
+    units: int,
+    k: int,
+    slots: int,
+    cost: UnitCost | float,
+    outside_s: float,
+    transfer_s: float | tuple[float, ...],
 ) -> float:
     """Steady-state seconds per iteration with pi's first `k` units streamed through `slots` slots.
 
@@ -58,11 +63,16 @@ def iteration_s(
 
     Args:
         cost: of a unit; a plain number of seconds is a uniform cost c.
-        outside_s: g. transfer_s: t, of one unit.
+        outside_s: g. transfer_s: t, of one unit; of every unit in call order where they differ.
     """
     if not isinstance(cost, UnitCost):
         cost = UnitCost.uniform(cost)
-    return _steady_state(streamed_units(units, k), units, slots, cost, outside_s, transfer_s)
+    streamed = streamed_units(units, k)
+    if isinstance(transfer_s, tuple):
+        transfers_s = tuple(transfer_s[unit] for unit in streamed)
+    else:
+        transfers_s = (transfer_s,) * k
+    return _steady_state(streamed, units, slots, cost, outside_s, transfers_s)
 
 
 @lru_cache(maxsize=65536)
@@ -72,10 +82,11 @@ def _steady_state(
     slots: int,
     cost: UnitCost,
     outside_s: float,
-    transfer_s: float,
+    transfers_s: tuple[float, ...],
 ) -> float:
     if not streamed:
         return units * cost.home_s + outside_s
+    copies_s = sum(transfers_s)
     # Compute between two streamed units is one block: the units at home in between.
     gaps_s = [
         (unit - before - 1) * cost.home_s
@@ -86,7 +97,7 @@ def _steady_state(
     clock_s = copy_end_s = 0.0
     ends_s = [0.0]
     for _ in range(_MOST_ITERATIONS):
-        for gap_s in gaps_s:
+        for gap_s, transfer_s in zip(gaps_s, transfers_s, strict=True):
             copy_end_s = max(copy_end_s, done_s[0]) + transfer_s
             clock_s += gap_s
             wait_s = max(0.0, copy_end_s - clock_s)
@@ -99,10 +110,10 @@ def _steady_state(
             before_s = ends_s[-1 - _PERIOD] - ends_s[-1 - 2 * _PERIOD]
             # Faster than the copies alone is not steady: units copied ahead are being used up.
             steady = abs(now_s - before_s) <= 1e-9 * now_s
-            if steady and now_s >= _PERIOD * len(streamed) * transfer_s * (1 - 1e-9):
+            if steady and now_s >= _PERIOD * copies_s * (1 - 1e-9):
                 break
     # Slots filled during a cold first stall are spent over many iterations that look steady.
-    return max((ends_s[-1] - ends_s[-1 - _PERIOD]) / _PERIOD, len(streamed) * transfer_s)
+    return max((ends_s[-1] - ends_s[-1 - _PERIOD]) / _PERIOD, copies_s)
 
 
 def law_s(

@@ -102,7 +102,7 @@ def make_plan(inputs: PlanInputs) -> Plan:
     message = (
         "everything fits on the device: nothing is streamed"
         if best.k == 0
-        else f"one in every {best.interval:g} layers streams from host memory"
+        else f"one in every {best.interval:g} {inputs.unit_name} streams from host memory"
     )
     return _plan(inputs, candidates, best, note=note, message=message)
 

@@ -9,19 +9,25 @@ from pathlib import Path
 
 from select_n_core.config import ModelConfig
 from select_n_core.decisions.candidate import decode_shape
+from select_n_core.decisions.order import offload_order
 from select_n_core.decisions.plan import capacity_tokens
 from select_n_core.engine.engine import Engine
 from select_n_core.engine.messages import EngineInfo
 from select_n_core.engine.planning import Prepared, prepare
-from select_n_core.engine.scheduler import Limits, Scheduler
+from select_n_core.engine.residence import Swapping
+from select_n_core.engine.scheduler import Limits, Scheduler, Turning
+from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.open import open_link
 from select_n_core.memory.available import (
     available_device_bytes,
     available_host_bytes,
     wait_for_bytes,
 )
+from select_n_core.memory.shared import SharedMaps, UnitMaps
 from select_n_core.models.load import load_model
 from select_n_core.offload.executor import Executor, Placement
+from select_n_core.offload.graphs import Graphs
+from select_n_core.profiling.fingerprint import weights_key
 from select_n_core.profiling.measure import Progress
 
 _MEMORY_DEADLINE_S = 30.0
@@ -43,14 +49,17 @@ def build_engine(
             lambda: available_device_bytes(device),
             deadline_s=_MEMORY_DEADLINE_S,
         )
-        if plan.host_bytes:
+        key = weights_key(prepared.directory, config.dtype, config.units)
+        maps = UnitMaps(SharedMaps(), key)
+        own_bytes = config.host_kv + maps.missing_bytes(_mirrored_units(prepared))
+        if own_bytes:
             wait_for_bytes(
                 f"host memory of model {config.name}",
-                plan.host_bytes,
+                own_bytes,
                 available_host_bytes,
                 deadline_s=_MEMORY_DEADLINE_S,
             )
-        model = prepared.loaded or load_model(prepared.directory, config.dtype)
+        model = prepared.loaded or load_model(prepared.directory, config.dtype, config.units)
         placement = Placement(
             arena_bytes=config.device_memory,
             k=plan.k,
@@ -59,12 +68,14 @@ def build_engine(
             mirrors=plan.mirrors,
             slots=plan.slots,
             block_tokens=config.block_tokens,
-            lease_bytes=config.host_memory if plan.mirrors else plan.host_bytes,
             threads=prepared.record.streaming.threads,
             resident_threads=_resident_threads(prepared),
+            graphs=Graphs.RESIDENT if device.type == "cuda" else Graphs.OFF,
         )
-        executor = Executor(model, placement, link, device)
+        executor = Executor(model, placement, link, device, maps)
         model.release_source()
+        block_bytes = executor.memory.kv_block_bytes
+        host_blocks = HostBlocks(config.host_kv // block_bytes, block_bytes, link)
     except BaseException:
         link.close()
         raise
@@ -75,6 +86,7 @@ def build_engine(
             max_queue=config.max_queue,
             max_tokens=capacity_tokens(plan, prepared.inputs),
             vocab_size=model.vocab_size,
+            expected_output=config.workload.output_tokens,
         ),
         slo=config.slo.targets(),
         latency=prepared.inputs.latency,
@@ -82,9 +94,20 @@ def build_engine(
         k=plan.k,
         slots=plan.slots,
         clock=clock,
+        swapping=Swapping(
+            space=host_blocks,
+            bytes_of=executor.cache.bytes_of,
+            block_copy_s=block_bytes / prepared.record.link_bytes_per_s + config.link.latency,
+        ),
+        turning=Turning(
+            k_min=plan.k_min,
+            k_most=lambda: min(executor.m, executor.cap),
+            blocks_at=lambda k: len(executor.layout.kv_ids(k)),
+        ),
     )
     eos = eos_token_ids(prepared.directory)
-    return Engine(executor, scheduler, eos, clock), _info(prepared, executor, eos)
+    engine = Engine(executor, scheduler, eos, clock, host_blocks)
+    return engine, _info(prepared, engine, eos)
 
 
 def eos_token_ids(directory: Path) -> tuple[int, ...]:
@@ -99,13 +122,20 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
     return ()
 
 
+def _mirrored_units(prepared: Prepared) -> dict[int, int]:
+    """The units that are mirrored at first, and the bytes of each."""
+    unit_bytes = prepared.record.unit_bytes
+    order = offload_order(len(unit_bytes))
+    return {unit: unit_bytes[unit] for unit in order[: prepared.plan.mirrors]}
+
+
 def _resident_threads(prepared: Prepared) -> int | None:
     resident = prepared.record.resident
     return None if resident is None else resident.threads
 
 
-def _info(prepared: Prepared, executor: Executor, eos: tuple[int, ...]) -> EngineInfo:
-    plan, inputs = prepared.plan, prepared.inputs
+def _info(prepared: Prepared, engine: Engine, eos: tuple[int, ...]) -> EngineInfo:
+    plan, inputs, executor = prepared.plan, prepared.inputs, engine.executor
     one = decode_shape(1, inputs.prompt_tokens, inputs.output_tokens)
     return EngineInfo(
         plan_line=prepared.line(),
@@ -115,7 +145,7 @@ def _info(prepared: Prepared, executor: Executor, eos: tuple[int, ...]) -> Engin
         max_batch=plan.max_running,
         max_tokens=capacity_tokens(plan, inputs),
         device_bytes=executor.arena.nbytes,
-        host_bytes=executor.host_bytes,
+        host_bytes=executor.host_bytes + engine.host_kv_bytes,
         kv_tokens=plan.kv_tokens,
         predicted_tpot_s=plan.predicted_tpot_s,
         predicted_iteration_s=inputs.latency.iteration_s(one, plan.k, plan.slots),

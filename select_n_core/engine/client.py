@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import socket
 import subprocess
@@ -23,9 +24,10 @@ from select_n_core.engine.messages import (
     FinishReason,
     Output,
     Request,
+    Revocation,
     StepReport,
 )
-from select_n_core.errors import EngineError, OverloadedError, RequestError
+from select_n_core.errors import EngineError, OverloadedError, RequestError, SelectNError
 
 _log = logging.getLogger(__name__)
 _SILENCE_S = 60.0  # an engine that reports nothing for this long is stuck; idle ones report often
@@ -57,6 +59,19 @@ class EngineClient(Protocol):
         """The most recent step's statistics, at once."""
         ...
 
+    def offer(self, nbytes: int) -> None:
+        """Let the engine's mirrors take `nbytes` of host memory more."""
+        ...
+
+    async def revoke(self, nbytes: int, deadline_s: float) -> None:
+        """Take `nbytes` of host memory back; returns once they are free.
+
+        Raises:
+            HostMemoryError: they cannot be given back, or were not within `deadline_s`.
+            EngineError: the engine is not running.
+        """
+        ...
+
     def check_health(self) -> None:
         """Raise EngineError when the engine died or its loop no longer turns."""
         ...
@@ -75,6 +90,8 @@ class _ConnectedClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: asyncio.Future[EngineInfo] | None = None
         self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._revocations: dict[str, asyncio.Future[None]] = {}
+        self._revocation_ids = itertools.count()
         self._quiet = asyncio.Event()  # set when the last live request ends
         self._stats = EngineStats()
         self._heard_s = 0.0
@@ -127,6 +144,21 @@ class _ConnectedClient:
     def stats(self) -> EngineStats:
         """See `EngineClient.stats`."""
         return self._stats
+
+    def offer(self, nbytes: int) -> None:
+        """See `EngineClient.offer`."""
+        self._send(Commands(offer_bytes=nbytes))
+
+    async def revoke(self, nbytes: int, deadline_s: float) -> None:
+        """See `EngineClient.revoke`."""
+        revocation = Revocation(str(next(self._revocation_ids)), nbytes, deadline_s)
+        answer = asyncio.get_running_loop().create_future()
+        self._revocations[revocation.id] = answer
+        try:
+            self._send(Commands(revoke=(revocation,)))
+            await answer
+        finally:
+            del self._revocations[revocation.id]
 
     def check_health(self) -> None:
         """See `EngineClient.check_health`."""
@@ -185,6 +217,8 @@ class _ConnectedClient:
                 for output in message.outputs:
                     if (queue := self._queues.get(output.request_id)) is not None:
                         queue.put_nowait(output)
+                for answer in message.leases:
+                    self._answer(answer.id, answer.error)
             case Started():
                 if not self._started.done():  # a start that was given up is cancelled
                     self._started.set_result(message.info)
@@ -200,6 +234,15 @@ class _ConnectedClient:
                     100 * message.share,
                 )
 
+    def _answer(self, revocation_id: str, error: SelectNError | None) -> None:
+        answer = self._revocations.get(revocation_id)
+        if answer is None or answer.done():
+            return
+        if error is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(error)
+
     def _lose(self, ended: str) -> None:
         if self._dead is None:
             how = "was stopped" if self._closing else f"died: {ended}"
@@ -209,6 +252,8 @@ class _ConnectedClient:
             self._started.set_exception(self._dead)
         for request_id, queue in self._queues.items():
             queue.put_nowait(Output(request_id, finish=FinishReason.ERROR, error=self._dead))
+        for revocation_id in self._revocations:
+            self._answer(revocation_id, self._dead)
 
 
 class ProcessClient(_ConnectedClient):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from select_n_core.decisions.order import interval_of_k
 from select_n_core.engine.headroom import HeadroomWindow
+from select_n_core.engine.leases import HostLease
 from select_n_core.engine.messages import (
     EngineStats,
     FinishReason,
@@ -19,8 +21,10 @@ from select_n_core.engine.messages import (
     StepReport,
 )
 from select_n_core.engine.sampler import Drawn, Sampler
-from select_n_core.engine.scheduler import Clock, Scheduler, Sequence, Turn
+from select_n_core.engine.scheduler import Clock, Scheduler
+from select_n_core.engine.sequence import Sequence, Turn
 from select_n_core.errors import EngineError, SelectNError
+from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.base import Direction
 from select_n_core.offload.executor import Executor, StepRow
 
@@ -39,6 +43,7 @@ class Engine:
     Args:
         eos_token_ids: tokens that end a request unless it ignores them.
         clock: seconds; the scheduler's own.
+        host_blocks: that the scheduler swaps to, if any, to be closed with the engine.
     """
 
     def __init__(
@@ -47,12 +52,16 @@ class Engine:
         scheduler: Scheduler,
         eos_token_ids: tuple[int, ...],
         clock: Clock = time.monotonic,
+        host_blocks: HostBlocks | None = None,
     ) -> None:
         self.executor = executor
         self.scheduler = scheduler
         self._sampler = Sampler(executor.model.vocab_size)
         self._eos = frozenset(eos_token_ids)
         self._clock = clock
+        self._host_blocks = host_blocks
+        self.lease = HostLease(executor, lambda k: self.turn(k, "lease"), clock)
+        self._turns: Counter[str] = Counter()
         self._headroom = HeadroomWindow(scheduler.slo)
         self._outputs: list[Output] = []
         self._iterations = 0
@@ -84,19 +93,54 @@ class Engine:
 
     def abort(self, error: Exception) -> None:
         """End every live request with `error`."""
-        for sequence in [*self.scheduler.running.values(), *self.scheduler.waiting]:
-            self._fail(sequence.request.id, error)
+        for request_id in [*self.scheduler.running, *self.scheduler.waiting]:
+            self._fail(request_id, error)
 
     def step(self) -> StepReport:
         """Run one step and report everything that happened since the last report."""
-        if turns := self.scheduler.next_step():
+        turns = self.scheduler.next_step()
+        for request_id, error in self.scheduler.take_failed():
+            self._fail(request_id, error)
+        if self.scheduler.k_next != self.executor.k:
+            cause = "tpot" if self.scheduler.k_next < self.executor.k else "kv"
+            self.turn(self.scheduler.k_next, cause)
+            turns = [turn for turn in turns if self.scheduler.runs(turn.sequence)]
+        if turns:
             begun_s = time.perf_counter()
             for outcome in self._run(turns):
                 self._settle(outcome)
             self._iteration_s = time.perf_counter() - begun_s
             self._iterations += 1
+        elif self.scheduler.waiting and not self.scheduler.running:
+            self.executor.settle()  # they wait for homes that no iteration comes to empty
+        self.lease.tend(idle=not turns)
         outputs, self._outputs = tuple(self._outputs), []
-        return StepReport(outputs, self.stats())
+        return StepReport(outputs, self.lease.take_answers(), self.stats())
+
+    def turn(self, k: int, cause: str = "asked") -> None:
+        """Stream `k` units from the next step on; between steps only.
+
+        The last requests in service order are preempted as far as their KV blocks are needed.
+
+        Raises:
+            InputError: k is out of range; see `Executor.turn`.
+        """
+        self.scheduler.release(self.executor.shortfall(k))
+        self.executor.turn(k)
+        self.scheduler.turned(k)
+        self._turns[cause] += 1
+
+    def close(self) -> None:
+        """Give the host KV blocks, the executor's memory and the link back. Idempotent."""
+        if self._host_blocks is not None:
+            self._host_blocks.close()
+        self.executor.close()
+        self.executor.link.close()
+
+    @property
+    def host_kv_bytes(self) -> int:
+        """Host memory of swapped KV blocks, exactly."""
+        return 0 if self._host_blocks is None else self._host_blocks.nbytes
 
     def stats(self) -> EngineStats:
         """The engine as it stands."""
@@ -105,6 +149,11 @@ class Engine:
         return EngineStats(
             k=executor.k,
             interval=interval_of_k(executor.k, executor.memory.units),
+            mirrored=executor.m,
+            cap=executor.cap,
+            host_bytes=executor.host_bytes,
+            lease_bytes=executor.lease_bytes,
+            turns=dict(self._turns),
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             kv_free_tokens=executor.blocks.free_tokens,
@@ -115,11 +164,17 @@ class Engine:
                 for (direction, _), nbytes in counters.bytes.items()
                 if direction is Direction.TO_DEVICE
             ),
+            link_bytes_by={
+                (str(direction), kind): nbytes
+                for (direction, kind), nbytes in counters.bytes.items()
+            },
             streamed_units=executor.streamer.streamed_units,
             stall_s=counters.stall_s,
             iteration_s=self._iteration_s,
             ttft_headroom=self._headroom.ttft(now_s),
             tpot_headroom=self._headroom.tpot(now_s),
+            swaps=scheduler.swaps,
+            recomputes=scheduler.recomputes,
         )
 
     def _run(self, turns: list[Turn]) -> list[_Outcome]:
@@ -160,7 +215,7 @@ class Engine:
         if isinstance(drawn, EngineError):
             self._fail(request.id, drawn)
             return
-        sequence.computed += outcome.turn.count
+        sequence.computed += outcome.turn.amount
         if drawn is None:
             return
         sequence.tokens.append(drawn.token)

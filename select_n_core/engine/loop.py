@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -14,6 +15,7 @@ from select_n_core.errors import EngineError, SelectNError
 
 _log = logging.getLogger(__name__)
 
+_TEND_S = 0.005  # between two moves towards the lease while nothing else is to do
 HEARTBEAT_S = 1.0  # an idle engine reports this often, so that its statistics age
 
 
@@ -62,22 +64,31 @@ def _run(config: ModelConfig, connection: Connection) -> None:
         connection.send(Failed(EngineError(f"{type(error).__name__}: {error}")))
         return
     try:
+        # Model and libraries are hundreds of thousands of objects that live as long as this: a full
+        # collection would look at each of them, for longer than a step takes.
+        gc.collect()
+        gc.freeze()
         connection.send(Started(info))
         _serve(engine, connection)
     finally:
-        engine.executor.close()
-        engine.executor.link.close()
+        engine.close()
 
 
 def _serve(engine: Engine, connection: Connection) -> None:
     while True:
         wait_s = HEARTBEAT_S if engine.idle else 0.0
+        if engine.idle and not engine.lease.settled:
+            wait_s = _TEND_S
         while connection.poll(wait_s):
             commands: Commands = connection.recv()
             for request in commands.submit:
                 engine.submit(request)
             for request_id in commands.cancel:
                 engine.cancel(request_id)
+            if commands.offer_bytes:
+                engine.lease.offer(commands.offer_bytes)
+            for revocation in commands.revoke:
+                engine.lease.revoke(revocation.id, revocation.nbytes, revocation.deadline_s)
             if commands.stop:
                 engine.abort(EngineError("the engine is shutting down"))
                 connection.send(engine.step())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from select_n_core.errors import InputError
+from select_n_core.errors import InputError, SelectNError
 
 
 class FinishReason(StrEnum):
@@ -72,12 +73,22 @@ class Request:
         id: unique among live requests.
         prompt: token ids, at least one.
         tenant: opaque; requests of one tenant share its fair share.
+        priority: its class; a larger one is served first, within its tenant's share.
+        deadline_s: its first token is due so long after its arrival; None follows the SLO.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
     tenant: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.deadline_s is not None and not self.deadline_s >= 0:
+            raise InputError(
+                f"deadline_s must not be negative, got {self.deadline_s}", field="deadline_s"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,28 +122,59 @@ class EngineStats:
 
     Attributes:
         k, interval: units streamed now and N = L/k.
+        mirrored, cap: units mirrored, and the most that the lease allows to stream.
+        host_bytes, lease_bytes: what the mirrors take, and what they may.
+        turns: how often k was turned, by cause.
         running, waiting: requests.
         kv_free_tokens, kv_tokens: KV capacity left and in all.
         link_bytes, streamed_units: host to device since start.
+        link_bytes_by: since start, by (direction, kind).
         stall_s: compute time lost waiting for copies since start.
         iteration_s: last iteration's wall time.
         ttft_headroom, tpot_headroom: 1 - p95 over the last window / target; None while nothing
             finished in it. Negative is a broken promise.
+        swaps, recomputes: preemptions since start, by where the cache went: to host blocks, or
+            nowhere, to be computed again.
     """
 
     k: int = 0
     interval: float | None = None
+    mirrored: int = 0
+    cap: int = 0
+    host_bytes: int = 0
+    lease_bytes: int = 0
+    turns: Mapping[str, int] = field(default_factory=dict)
     running: int = 0
     waiting: int = 0
     kv_free_tokens: int = 0
     kv_tokens: int = 0
     iterations: int = 0
     link_bytes: int = 0
+    link_bytes_by: Mapping[tuple[str, str], int] = field(default_factory=dict)
     streamed_units: int = 0
     stall_s: float = 0.0
     iteration_s: float = 0.0
     ttft_headroom: float | None = None
     tpot_headroom: float | None = None
+    swaps: int = 0
+    recomputes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """Host bytes that are to be given back within `deadline_s`."""
+
+    id: str
+    nbytes: int
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseAnswer:
+    """How a revocation ended: the bytes are free, or the error that says why not."""
+
+    id: str
+    error: SelectNError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +184,7 @@ class EngineInfo:
     Attributes:
         plan_line: what was requested, pinned and predicted, for people.
         max_tokens: the most prompt plus output tokens one request may have.
-        device_bytes: the arena, exactly. host_bytes: the mirrors, exactly.
+        device_bytes: the arena, exactly. host_bytes: mirrors and host KV blocks, exactly.
     """
 
     plan_line: str
@@ -163,10 +205,16 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """To the engine, between two steps."""
+    """To the engine, between two steps.
+
+    Attributes:
+        offer_bytes: host memory that mirrors may take beyond the lease so far.
+    """
 
     submit: tuple[Request, ...] = ()
     cancel: tuple[str, ...] = ()
+    offer_bytes: int = 0
+    revoke: tuple[Revocation, ...] = ()
     stop: bool = False
 
 
@@ -175,4 +223,5 @@ class StepReport:
     """From the engine, after each step."""
 
     outputs: tuple[Output, ...] = ()
+    leases: tuple[LeaseAnswer, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)

@@ -22,6 +22,8 @@ from select_n_core.profiling.measure import Effort, Progress, measure_record
 from select_n_core.quantities import format_bytes, format_seconds
 from select_n_core.record import Fingerprint, PerformanceRecord, load_record
 
+UNIT_NAMES = {"layer": "layers", "half": "half layers"}
+
 
 @dataclass(slots=True)
 class Prepared:
@@ -66,7 +68,7 @@ def record_for(
     config: ModelConfig, directory: Path, progress: Progress | None = None
 ) -> tuple[PerformanceRecord, LoadedModel | None]:
     """The cached record of this model on this machine; measured once, briefly, if there is none."""
-    here = fingerprint(config.source, directory, config.dtype, config.link)
+    here = fingerprint(config.source, directory, config.dtype, config.link, config.units)
     path = record_path(here)
     if path.exists():
         try:
@@ -75,7 +77,7 @@ def record_for(
             return record, None
         except InputError:
             path.unlink(missing_ok=True)  # ours, and of another version: measure again
-    loaded = load_model(directory, config.dtype)
+    loaded = load_model(directory, config.dtype, config.units)
     with FileLock(f"{path}.lock"):  # two replicas measuring at once would disturb each other
         if path.exists():
             return load_record(path), loaded
@@ -105,7 +107,7 @@ def plan_inputs(config: ModelConfig, record: PerformanceRecord) -> PlanInputs:
         latency=record.latency_model(),
         slo=config.slo.targets(),
         device_bytes=config.device_memory,
-        host_bytes=config.host_memory,
+        host_bytes=config.host_memory - config.host_kv,
         slots=config.slots,
         max_batch=config.max_batch,
         max_step_tokens=config.max_step_tokens,
@@ -114,18 +116,20 @@ def plan_inputs(config: ModelConfig, record: PerformanceRecord) -> PlanInputs:
         output_tokens=config.workload.output_tokens,
         rate_per_s=config.workload.rate,
         forced_k=forced,
+        unit_name=UNIT_NAMES[config.units],
     )
 
 
 def plan_line(config: ModelConfig, plan: Plan, record: PerformanceRecord) -> str:
     """One line: what was asked, what is pinned, which N, what it is predicted to cost."""
     units = len(record.unit_bytes)
+    what = UNIT_NAMES[config.units]
     interval = "off" if plan.interval is None else f"{plan.interval:.3g}"
     line = (
         f"{config.name}: requested interval {config.interval}, tpot "
         f"{format_seconds(config.slo.tpot)}, device {format_bytes(config.device_memory)}; "
-        f"pinned {format_bytes(plan.host_bytes)} of host memory; N = {interval} "
-        f"(k = {plan.k} of {units} layers streamed over the {config.link.kind} link at "
+        f"pinned {format_bytes(plan.host_bytes + config.host_kv)} of host memory; N = {interval} "
+        f"(k = {plan.k} of {units} {what} streamed over the {config.link.kind} link at "
         f"{record.link_bytes_per_s / 1e9:.3g} GB/s); predicted TPOT "
         f"{format_seconds(plan.predicted_tpot_s)} at {plan.max_batch} requests, "
         f"{plan.kv_tokens} KV tokens"

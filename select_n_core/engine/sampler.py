@@ -153,7 +153,7 @@ class _State:
             if not math.isfinite(peak):
                 return self.failure("its penalties make the logits")
             best = int(at)
-        token = best if self.generator is None else self._race(scores)
+        token = best if self.generator is None else self._pick(scores)
         if self.penalties is not None:
             self.penalties.record(token)
         return Drawn(token, _logprob(row, token, self.sampling.logprobs))
@@ -162,16 +162,14 @@ class _State:
         """The error that stands where the token should be."""
         return EngineError(f"request {self.request_id} cannot go on: {subject} NaN or infinite")
 
-    def _race(self, scores: Tensor) -> int:
-        """Argmax of p/Exp(1): the first arrival of independent Poisson processes of rates p."""
+    def _pick(self, scores: Tensor) -> int:
+        """Where a uniform draw falls in the weights, laid end to end."""
         tokens, weights = _candidates(scores, self.sampling)
-        # -log(1 - u) is several times faster than exponential_; float32 has too few values of u
-        # for rare tokens.
-        uniform = torch.rand(weights.shape, generator=self.generator, dtype=torch.float64)
-        arrivals = uniform.neg_().log1p_().neg_()
-        # An arrival of exactly 0 would let a token of probability 0 win, as 0/0.
-        arrivals.clamp_min_(torch.finfo(arrivals.dtype).tiny)
-        winner = int((weights / arrivals).argmax())
+        # float32 has too few values for rare tokens, in the draw as in the sums.
+        ends = weights.cumsum(0, dtype=torch.float64)
+        # In (0, 1], so that the draw falls on a token whose weight is not 0, and never beyond.
+        share = 1 - torch.rand((), generator=self.generator, dtype=torch.float64)
+        winner = int(torch.searchsorted(ends, share * ends[-1]))
         return winner if tokens is None else int(tokens[winner])
 
 

@@ -1,19 +1,37 @@
-"""The scheduler: requests from arrival to their last token, one pure decision per step."""
+"""The scheduler: requests from arrival to their last token, one pure decision per step.
+
+It applies what `plan_step` decides to the block table and the host blocks. A request is either
+running (it owns KV blocks) or waiting: new, or preempted with its tokens kept and its cache in
+host blocks or nowhere. It says which k the next step should have; whoever turns k tells it.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from select_n_core.decisions.facts import Preemption, StepState, Way
 from select_n_core.decisions.latency import LatencyModel
-from select_n_core.decisions.step import RunningFacts, StepState, WaitingFacts, plan_step
+from select_n_core.decisions.preemption import release
+from select_n_core.decisions.service import ServicePolicy, TenantLedger
+from select_n_core.decisions.step import plan_step
 from select_n_core.engine.messages import Request
-from select_n_core.errors import ContextLengthError, OverloadedError, RequestError
+from select_n_core.engine.residence import Residence, Swapping
+from select_n_core.engine.sequence import Sequence, Turn, facts_of
+from select_n_core.errors import (
+    ContextLengthError,
+    DeviceMemoryError,
+    OverloadedError,
+    RequestError,
+    SelectNError,
+)
 from select_n_core.kv.blocks import BlockTable
 from select_n_core.slo import SLO
 
 Clock = Callable[[], float]
+
+_PATIENCE = 4.0  # promised lifetimes of a typical request that one waits to be lifted by a class
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +40,9 @@ class Limits:
 
     Attributes:
         max_tokens: prompt plus output of one request.
-        max_queue: requests waiting at most.
+        max_queue: new requests waiting at most.
         least_chunk: prompt tokens a step takes even when promises are already broken.
+        expected_output: tokens of a typical answer, for which room is kept.
     """
 
     max_batch: int
@@ -32,68 +51,34 @@ class Limits:
     max_tokens: int
     vocab_size: int
     least_chunk: int = 32
-
-
-@dataclass(slots=True)
-class Sequence:
-    """A live request's state.
-
-    Attributes:
-        computed: tokens whose K/V are in the cache.
-        tokens: prompt and output so far.
-    """
-
-    request: Request
-    arrived_s: float
-    tokens: list[int]
-    computed: int = 0
-    first_token_s: float | None = None
-    last_token_s: float | None = None
-
-    @property
-    def prompt_left(self) -> int:
-        """Prompt tokens not computed yet."""
-        return max(0, len(self.request.prompt) - self.computed)
-
-    @property
-    def output_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def reserved_tokens(self) -> int:
-        """KV room it needs to run to its last token."""
-        return len(self.request.prompt) + self.request.sampling.max_tokens
-
-    def slack_s(self, now_s: float, tpot_s: float) -> float:
-        """Seconds until its next token is due, if every token has `tpot_s`."""
-        if self.first_token_s is None:
-            return float("inf")
-        return self.first_token_s + tpot_s * self.output_tokens - now_s
+    expected_output: int = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One sequence's part of a step: `count` tokens from `sequence.computed` on."""
+class Turning:
+    """How far k may turn.
 
-    sequence: Sequence
-    count: int
+    Attributes:
+        k_min, k_most: both included; the most follows what is mirrored.
+        blocks_at: KV blocks that exist at a k.
+    """
 
-    @property
-    def new_tokens(self) -> list[int]:
-        """The token ids to compute."""
-        start = self.sequence.computed
-        return self.sequence.tokens[start : start + self.count]
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's end and so yields a token."""
-        return self.sequence.computed + self.count == len(self.sequence.tokens)
+    k_min: int
+    k_most: Callable[[], int]
+    blocks_at: Callable[[int], int]
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """Queues, admits and orders; `plan_step` decides."""
+    """Queues, admits, preempts and orders; `plan_step` decides.
+
+    Attributes:
+        k: units streamed now. k_next: from the coming step on, as decided last.
+        swapping: None where there are no host KV blocks. turning: None where k stands still.
+        weights: of tenants whose fair share is not 1.
+        waiting, running: live requests by id.
+        swaps, recomputes: preemptions so far, by what became of the cache.
+    """
 
     limits: Limits
     slo: SLO
@@ -102,8 +87,32 @@ class Scheduler:
     k: int
     slots: int
     clock: Clock
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: dict[str, Sequence] = field(default_factory=dict)
+    swapping: Swapping | None = None
+    turning: Turning | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    waiting: dict[str, Sequence] = field(default_factory=dict, init=False)
+    running: dict[str, Sequence] = field(default_factory=dict, init=False)
+    k_next: int = field(init=False)
+    swaps: int = field(default=0, init=False)
+    recomputes: int = field(default=0, init=False)
+    _ledger: TenantLedger = field(init=False)
+    _residence: Residence = field(init=False)
+    _policy: ServicePolicy = field(init=False)
+    _failed: list[tuple[str, SelectNError]] = field(default_factory=list, init=False)
+    _quiet_since_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.k_next = self.k
+        self._ledger = TenantLedger(self.weights)
+        self._residence = Residence(self.blocks, self.swapping)
+        lifetime_s = self.slo.ttft_s + self.limits.expected_output * self.slo.tpot_s
+        self._policy = ServicePolicy(
+            quantum_s=self.slo.tpot_s,
+            patience_s=_PATIENCE * lifetime_s,
+            overtaken_s=self.slo.ttft_s / 2,
+            share_tokens=float(self.limits.max_tokens),  # one request of the largest size
+        )
+        self._quiet_since_s = self.clock()
 
     @property
     def idle(self) -> bool:
@@ -134,70 +143,152 @@ class Scheduler:
             )
         if self.find(request.id) is not None:
             raise RequestError(f"request id {request.id!r} is in use", field="id")
-        # Those who wait for no more than the next step to begin are not queued yet.
+        # Those who wait for no more than the next step to begin are not queued yet, and those who
+        # were preempted were let in before.
         places = self.limits.max_batch - len(self.running)
-        if len(self.waiting) >= self.limits.max_queue + places:
+        queued = sum(not sequence.preempted for sequence in self.waiting.values())
+        if queued >= self.limits.max_queue + places:
             raise OverloadedError(
-                f"{len(self.waiting)} requests are waiting already; retry later",
+                f"{queued} requests are waiting already; retry later",
                 retry_after_s=self._retry_after_s(),
             )
-        self.waiting.append(Sequence(request, self.clock(), list(request.prompt)))
+        now_s = self.clock()
+        self._ledger.join(request.tenant)
+        self.waiting[request.id] = Sequence(
+            request, now_s, array("q", request.prompt), since_s=now_s
+        )
 
     def find(self, request_id: str) -> Sequence | None:
         """The live sequence of that id."""
-        if request_id in self.running:
-            return self.running[request_id]
-        return next((s for s in self.waiting if s.request.id == request_id), None)
+        return self.running.get(request_id) or self.waiting.get(request_id)
 
     def remove(self, request_id: str) -> Sequence | None:
         """Forget a live sequence and take its blocks back; None if it is not live."""
-        if (sequence := self.running.pop(request_id, None)) is not None:
-            self.blocks.release(request_id)
-            return sequence
-        if (sequence := self.find(request_id)) is not None:
-            self.waiting.remove(sequence)
+        sequence = self.running.pop(request_id, None)
+        if sequence is None:
+            sequence = self.waiting.pop(request_id, None)
+        if sequence is not None:
+            self._residence.forget(sequence)
+            self._ledger.leave(sequence.request.tenant)
         return sequence
 
+    def runs(self, sequence: Sequence) -> bool:
+        """Whether it has its place in the coming step."""
+        return self.running.get(sequence.request.id) is sequence
+
+    def take_failed(self) -> list[tuple[str, SelectNError]]:
+        """The requests that can never fit, found since the last call; they are not live."""
+        failed, self._failed = self._failed, []
+        return failed
+
     def next_step(self) -> list[Turn]:
-        """Decide the step, admit whom it admits, and return everyone's turn."""
+        """Decide the step, apply the decision and return everyone's turn."""
+        for lost in self._residence.settle(self.running.values()):
+            self._wait_again(lost, Way.RECOMPUTE)
         decision = plan_step(self.state(), self.latency)
+        if decision.missed:
+            self._quiet_since_s = self.clock()
+        for request_id in decision.fail:
+            self._fail(request_id)
+        self._preempt(decision.preempt)
         for request_id in decision.admit:
-            sequence = self.waiting.popleft()
-            assert sequence.request.id == request_id
-            self.blocks.reserve(request_id, sequence.reserved_tokens)
-            self.running[request_id] = sequence
-        self.k = decision.k_next
-        return [Turn(self.running[request_id], count) for request_id, count in decision.rows]
+            self._let_in(request_id)
+        self.k_next = decision.k_next
+        turns, running = [], self.running
+        for request_id, count in decision.rows:
+            sequence = running[request_id]
+            if sequence.computed + count > sequence.room:
+                self._residence.reserve(sequence, sequence.computed + count)
+                # Tenants pay by the block, and once for what is computed again.
+                self._ledger.charge(sequence.request.tenant, sequence.charge(sequence.room))
+            turns.append(Turn(sequence, count))
+        return turns
+
+    def release(self, blocks: int) -> None:
+        """Preempt the last running requests in service order until `blocks` came back."""
+        if blocks > 0:
+            self._preempt(release(self.state(), blocks, self.latency))
+
+    def turned(self, k: int) -> None:
+        """K was turned; it is `k` from the next step on."""
+        self.k = self.k_next = k
+        self._quiet_since_s = self.clock()
 
     def state(self) -> StepState:
         """The facts that the step's decision is made from."""
-        now_s = self.clock()
-        places = self.limits.max_batch - len(self.running)
+        now_s, slo, expected = self.clock(), self.slo, self.limits.expected_output
+        size = self.blocks.block_tokens
+        turning = self.turning
+        exist = self.blocks.blocks if turning is None else turning.blocks_at(self.k)
+        below = 0
+        if turning is not None and self.k > turning.k_min:
+            below = turning.blocks_at(self.k - 1)
         return StepState(
-            running=tuple(
-                RunningFacts(
-                    id=s.request.id,
-                    context_tokens=s.computed,
-                    prompt_left=s.prompt_left,
-                    slack_s=s.slack_s(now_s, self.slo.tpot_s),
-                )
-                for s in self.running.values()
-            ),
-            waiting=tuple(
-                WaitingFacts(
-                    id=s.request.id,
-                    prompt_tokens=len(s.request.prompt),
-                    blocks=self.blocks.blocks_of(s.reserved_tokens),
-                )
-                for s, _ in zip(self.waiting, range(places), strict=False)
-            ),
+            running=facts_of(self.running.values(), now_s, slo, size, expected),
+            waiting=facts_of(self.waiting.values(), now_s, slo, size, expected),
             free_blocks=self.blocks.free_blocks,
+            blocks=exist,
+            block_tokens=size,
             max_batch=self.limits.max_batch,
             max_step_tokens=self.limits.max_step_tokens,
             least_chunk=self.limits.least_chunk,
             k=self.k,
             slots=self.slots,
+            tpot_s=slo.tpot_s,
+            policy=self._policy,
+            k_min=self.k if turning is None else turning.k_min,
+            k_up=self._k_up(exist),
+            blocks_below=below,
+            host_blocks=self._residence.host_blocks,
+            block_copy_s=self._residence.block_copy_s,
+            quiet_s=now_s - self._quiet_since_s,
+            levels=self._ledger.levels(),
         )
+
+    def _k_up(self, blocks: int) -> int | None:
+        turning = self.turning
+        if turning is None or not self.waiting:
+            return None
+        larger = range(self.k + 1, turning.k_most() + 1)
+        return next((k for k in larger if turning.blocks_at(k) > blocks), None)
+
+    def _let_in(self, request_id: str) -> None:
+        sequence = self.waiting.pop(request_id)
+        assert sequence.since_s is not None
+        sequence.waited_s, sequence.since_s = (
+            sequence.waited_s + self.clock() - sequence.since_s,
+            None,
+        )
+        self.running[request_id] = sequence
+        if not self._residence.bring_back(sequence):
+            self._wait_again(sequence, Way.RECOMPUTE)
+
+    def _preempt(self, preemptions: tuple[Preemption, ...]) -> None:
+        for request_id, way in preemptions:
+            self._wait_again(self.running[request_id], way)
+
+    def _wait_again(self, sequence: Sequence, way: Way) -> None:
+        taken = self._residence.leave(sequence, way)
+        self.swaps += taken is Way.SWAP
+        self.recomputes += taken is Way.RECOMPUTE
+        sequence.preempted += 1
+        sequence.since_s = self.clock()
+        self.waiting[sequence.request.id] = self.running.pop(sequence.request.id)
+
+    def _fail(self, request_id: str) -> None:
+        sequence = self.waiting[request_id]
+        need = self.blocks.blocks_of(len(sequence.tokens))
+        self._failed.append(
+            (
+                request_id,
+                DeviceMemoryError(
+                    f"request {request_id} needs {need} KV blocks to go on, this replica has "
+                    f"{self.blocks.blocks} now, even alone; send a shorter one or raise "
+                    "device_memory"
+                ),
+            )
+        )
+        self.remove(request_id)
 
     def _retry_after_s(self) -> float:
         """When the first running request will have ended, at its promised pace."""

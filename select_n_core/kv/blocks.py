@@ -58,7 +58,7 @@ class BlockTable:
             raise DeviceMemoryError(
                 f"request {request_id} needs {need} KV blocks, {len(self._free)} are free"
             )
-        taken = [heapq.heappop(self._free)[1] for _ in range(need)]
+        taken = [_id(heapq.heappop(self._free)) for _ in range(need)]
         self._owned[request_id] = owned + taken
 
     def table(self, request_id: str) -> list[int]:
@@ -93,22 +93,29 @@ class BlockTable:
                 f"{self.blocks - self.free_blocks} KV blocks are in use, {len(ids)} are to be "
                 f"left; {short} must be freed first"
             )
-        owned = {block for table in self._owned.values() for block in table}
-        free = self._heap(block for block in ids if block not in owned)
-        moves = {
-            block: heapq.heappop(free)[1]
-            for block in sorted(owned, reverse=True)
-            if block not in ids
-        }
-        for request_id, table in self._owned.items():
-            self._owned[request_id] = [moves.get(block, block) for block in table]
+        if ids == self.ids:
+            return {}
+        before = self.ids
+        free = [key for key in self._free if _id(key) in ids]
+        free += [self._key(block) for block in ids if block not in before]
+        heapq.heapify(free)
+        moves: dict[int, int] = {}
+        for table in self._owned.values():
+            for place, block in enumerate(table):
+                if block not in ids:
+                    moves[block] = table[place] = _id(heapq.heappop(free))
         self.ids, self._free = ids, free
         return moves
 
-    def _key(self, block: int) -> tuple[tuple[bool, int], int]:
-        return (block >= self._ring_id, -block), block
+    def _key(self, block: int) -> int:
+        """Its place in the order of handing out: from the top, and a lent ring last."""
+        return block if block >= self._ring_id else -block
 
-    def _heap(self, blocks: Iterable[int]) -> list[tuple[tuple[bool, int], int]]:
+    def _heap(self, blocks: Iterable[int]) -> list[int]:
         heap = [self._key(block) for block in blocks]
         heapq.heapify(heap)
         return heap
+
+
+def _id(key: int) -> int:
+    return abs(key)

@@ -7,6 +7,7 @@ change. A smaller lease takes the last ones back: promoted first, then unregiste
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -14,10 +15,14 @@ from torch import Tensor
 
 from select_n_core.decisions.layout import ModelMemory
 from select_n_core.decisions.order import offload_order
+from select_n_core.errors import LinkError
 from select_n_core.links.base import Copy, Direction, Link
 from select_n_core.memory.host import HostBytes, HostMap
 
+_log = logging.getLogger(__name__)
+
 MIRROR = "mirror"  # the kind of link bytes that write a mirror from a home
+_MOST_PATIENCE = 1024
 PIECE_BYTES = 16 << 20  # between weight copies, a longer one would be a stall
 
 
@@ -76,6 +81,8 @@ class Mirrors:
         self._maps = maps
         self._hosts: dict[int, HostBytes] = {}
         self._growing: tuple[int, HostBytes, list[Copy]] | None = None
+        self._skip = 0  # calls of `grow` that do nothing, after a failure
+        self._patience = 1
 
     @property
     def m(self) -> int:
@@ -111,17 +118,29 @@ class Mirrors:
     def grow(self, home_of: Callable[[int], Tensor]) -> int | None:
         """Write one more mirror from its unit's home, a call at a time.
 
+        A copy that fails gives the mirror up; it is tried again, later and later.
+
         Returns:
             The unit whose mirror is complete with this call; None while there is nothing new.
         """
-        if self._growing is None:
-            if self.m >= self.cap:
-                return None
-            self._growing = self._begin(self._order[self.m], home_of)
-        unit, host, copies = self._growing
-        if not all(copy.done() for copy in copies):
+        if self._growing is None and self.m >= self.cap:
             return None
-        self._growing = None
+        if self._skip:
+            self._skip -= 1
+            return None
+        try:
+            if self._growing is None:
+                self._begin(self._order[self.m], home_of)
+            assert self._growing is not None
+            unit, host, copies = self._growing
+            if not all(copy.done() for copy in copies):
+                return None
+        except LinkError as error:
+            self.stop_growing()
+            self._skip = self._patience = min(2 * self._patience, _MOST_PATIENCE)
+            _log.warning("a mirror could not be written and is tried again later: %s", error)
+            return None
+        self._growing, self._patience = None, 1
         self._maps.publish(unit, host)
         self._hosts[unit] = host
         return unit
@@ -152,27 +171,25 @@ class Mirrors:
         for unit in list(self._hosts):
             self.drop(unit)
 
-    def _begin(
-        self, unit: int, home_of: Callable[[int], Tensor]
-    ) -> tuple[int, HostBytes, list[Copy]]:
+    def _begin(self, unit: int, home_of: Callable[[int], Tensor]) -> None:
         nbytes = self._memory.unit_bytes[unit]
         if (found := self._maps.find(unit, nbytes)) is not None:
             self._link.register(found.bytes, read_only=found.read_only)
-            return unit, found, []
+            self._growing = (unit, found, [])
+            return
         host = self._maps.begin(unit, nbytes)
         self._link.register(host.bytes)
+        copies: list[Copy] = []
+        self._growing = (unit, host, copies)
         home, written = home_of(unit), self._link.compute_event()
-        return (
-            unit,
-            host,
-            [
+        for start in range(0, nbytes, PIECE_BYTES):
+            end = min(start + PIECE_BYTES, nbytes)
+            copies.append(
                 self._link.copy(
-                    host.bytes[start : start + PIECE_BYTES],
-                    home[start : min(start + PIECE_BYTES, nbytes)],
+                    host.bytes[start:end],
+                    home[start:end],
                     kind=MIRROR,
                     after=(written,),
                     direction=Direction.TO_HOST,
                 )
-                for start in range(0, nbytes, PIECE_BYTES)
-            ],
-        )
+            )

@@ -24,13 +24,18 @@ def device_name(link_kind: str) -> str:
     return _cpu_name()
 
 
+def compute_cores(link_kind: str) -> int:
+    """CPU cores that compute may use; 0 where a GPU computes."""
+    return 0 if link_kind == "cuda" else len(os.sched_getaffinity(0))
+
+
 def fingerprint(
     source: str, directory: Path, dtype: DType, link: LinkConfig, units: UnitKind = "layer"
 ) -> Fingerprint:
     """The fingerprint of `source` (found at `directory`) on this machine."""
     return Fingerprint(
         device=device_name(link.kind),
-        threads=len(os.sched_getaffinity(0)),
+        threads=compute_cores(link.kind),
         torch=torch.__version__,
         transformers=transformers.__version__,
         link_kind=link.kind,
@@ -73,7 +78,7 @@ def hardware_here(recorded: Fingerprint) -> Fingerprint:
     return recorded.model_copy(
         update={
             "device": device_name(recorded.link_kind),
-            "threads": len(os.sched_getaffinity(0)),
+            "threads": compute_cores(recorded.link_kind),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

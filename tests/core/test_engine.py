@@ -1,139 +1,34 @@
 """The engine on a tiny model: tokens equal transformers', and every request has its own end."""
 
-from contextlib import contextmanager
+import random
 
 import pytest
 import torch
-from tiny import EOS_TOKEN_ID, VOCAB_SIZE, tiny_llama
+from running import BLOCK_TOKENS, BLOCKS, Heard, greedy, request, running_engine
+from tiny import EOS_TOKEN_ID
 
-from select_n_core.decisions.latency import ComputeModel, LatencyModel
-from select_n_core.decisions.layout import arena_bytes_for
-from select_n_core.engine.engine import Engine
 from select_n_core.engine.messages import FinishReason, Output, Request, SamplingParams
-from select_n_core.engine.scheduler import Limits, Scheduler
 from select_n_core.errors import (
     ContextLengthError,
     EngineError,
+    InputError,
     OverloadedError,
     RequestError,
 )
-from select_n_core.links.emulated import EmulatedLink
-from select_n_core.models.load import take_apart
-from select_n_core.offload.executor import Executor, Placement, model_memory
-from select_n_core.slo import SLO
 
 torch.set_num_threads(1)
-
-BLOCKS, BLOCK_TOKENS = 24, 16
-LATENCY = LatencyModel(6, 1e-5, ComputeModel(((1, 1e-4), (256, 1e-3)), 0.0, 0.0, 1e-4, 0.0))
-
-
-@contextmanager
-def running_engine(k: int = 3, eos: tuple[int, ...] = (), **limits: int):
-    """A tiny Llama with `k` of 6 layers streamed over a very fast emulated link."""
-    model = take_apart(tiny_llama())
-    memory = model_memory(model, BLOCK_TOKENS)
-    link = EmulatedLink(1e11)
-    executor = Executor(
-        model,
-        Placement(
-            arena_bytes=arena_bytes_for(memory, k, 2, BLOCKS),
-            k=k,
-            slots=2,
-            block_tokens=BLOCK_TOKENS,
-            threads=1,
-        ),
-        link,
-        torch.device("cpu"),
-    )
-    facts = {
-        "max_batch": 4,
-        "max_step_tokens": 24,
-        "max_queue": 8,
-        "max_tokens": 256,
-        "vocab_size": model.vocab_size,
-        "least_chunk": 8,
-    }
-    scheduler = Scheduler(
-        limits=Limits(**{**facts, **limits}),
-        slo=SLO(tpot_s=10.0, ttft_s=10.0),
-        latency=LATENCY,
-        blocks=executor.blocks,
-        k=k,
-        slots=2,
-        clock=lambda: 0.0,
-    )
-    try:
-        yield Engine(executor, scheduler, eos, clock=lambda: 0.0)
-    finally:
-        executor.close()
-        link.close()
 
 
 @pytest.fixture
 def engine():
     with running_engine() as built:
         yield built
-        assert built.executor.blocks.free_blocks == BLOCKS, "every block came back"
         assert built.idle
-
-
-def prompt(number: int, length: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(number)
-    return tuple(torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist())
-
-
-def request(name: str, length: int = 9, tokens: int = 8, text: int = 0, **rules) -> Request:
-    return Request(name, prompt(text, length), SamplingParams(max_tokens=tokens, **rules))
 
 
 @pytest.fixture(scope="module")
 def oracle():
-    """What `transformers` generates for a request, alone and greedily."""
-    model = tiny_llama(eos_token_id=None)
-
-    def expected(asked: Request) -> list[int]:
-        ids = torch.tensor([asked.prompt])
-        with torch.inference_mode():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=asked.sampling.max_tokens,
-                do_sample=False,
-            )
-        return out[0, ids.shape[1] :].tolist()
-
-    return expected
-
-
-class Heard:
-    """Everything the engine reported, by request."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.outputs: dict[str, list[Output]] = {}
-
-    def step(self) -> None:
-        for output in self.engine.step().outputs:
-            mine = self.outputs.setdefault(output.request_id, [])
-            assert not mine or mine[-1].finish is None, "nothing follows the last output"
-            mine.append(output)
-
-    def run(self) -> None:
-        for _ in range(500):
-            if self.engine.idle:
-                return
-            self.step()
-        raise AssertionError("the engine never became idle")
-
-    def tokens(self, name: str) -> list[int]:
-        return [token for output in self.outputs[name] for token in output.tokens]
-
-    def finish(self, name: str) -> FinishReason | None:
-        return self.outputs[name][-1].finish
-
-    def error(self, name: str) -> Exception | None:
-        return self.outputs[name][-1].error
+    return greedy
 
 
 @pytest.fixture
@@ -161,7 +56,6 @@ class TestTokens:
             for asked in requests:
                 assert heard.tokens(asked.id) == oracle(asked)
                 assert heard.finish(asked.id) is FinishReason.LENGTH
-            assert engine.executor.blocks.free_blocks == BLOCKS
             stats = engine.stats()
             assert stats.streamed_units == pytest.approx(stats.iterations * k, abs=k)
 
@@ -207,7 +101,6 @@ class TestEnds:
             assert heard.finish("a") is FinishReason.STOP
             assert heard.tokens("b") == expected
             assert heard.finish("b") is FinishReason.LENGTH
-            assert engine.executor.blocks.free_blocks == BLOCKS
 
     def test_a_stop_token_ends_only_the_request_that_named_it(self, engine, heard, oracle):
         plain = request("plain", tokens=12, ignore_eos=True)
@@ -226,7 +119,7 @@ class TestEnds:
             heard.step()
         held = engine.executor.blocks.free_blocks
         engine.cancel("a")
-        assert engine.executor.blocks.free_blocks == held + 7
+        assert engine.executor.blocks.free_blocks == held + 1
         heard.run()
         assert heard.finish("a") is FinishReason.CANCELLED
         assert len(heard.tokens("b")) == 10
@@ -356,6 +249,124 @@ class TestFailures:
         assert heard.tokens("b") == oracle(after)
 
 
+SWAP = {"host_blocks": 40}
+# With time on the link dear, or no host blocks at all, everything is computed again.
+WAYS = [SWAP, {"host_blocks": 40, "block_copy_s": 10.0}, {"host_blocks": 0}]
+
+
+class TestPreemption:
+    @pytest.mark.parametrize("way", WAYS)
+    def test_tokens_are_the_same_when_blocks_run_out(self, oracle, way):
+        requests = [
+            request(str(number), 9 + number, 40, text=number, ignore_eos=True)
+            for number in range(5)
+        ]
+        with running_engine(blocks=8, **way) as engine:
+            heard = Heard(engine)
+            for asked in requests:
+                engine.submit(asked)
+            heard.run()
+            for asked in requests:
+                assert heard.tokens(asked.id) == oracle(asked)
+            stats = engine.stats()
+            assert stats.recomputes + stats.swaps > 0
+            assert (stats.swaps > 0) == (way == SWAP)
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_a_seed_goes_on_where_it_was(self, way):
+        drawn = {"temperature": 1.0, "ignore_eos": True, "repetition_penalty": 1.2}
+        requests = [request(str(n), 12, 40, text=n, seed=n, **drawn) for n in range(4)]
+        found = []
+        for facts in ({}, {"blocks": 7, **way}):
+            with running_engine(**facts) as engine:
+                heard = Heard(engine)
+                for asked in requests:
+                    engine.submit(asked)
+                heard.run()
+                found.append([heard.tokens(asked.id) for asked in requests])
+                stats = engine.stats()
+        assert stats.recomputes + stats.swaps > 0
+        assert found[0] == found[1]
+
+    def test_a_turn_of_k_takes_effect_at_once_and_costs_nobody_a_token(self, oracle):
+        requests = [request(str(n), 20, 30, text=n, ignore_eos=True) for n in range(4)]
+        with running_engine(6, k_min=1, blocks=6, **SWAP) as engine:
+            heard = Heard(engine)
+            for asked in requests:
+                engine.submit(asked)
+            for k in (6, 1, 6, 3, 1, 5):
+                engine.turn(k)
+                assert engine.stats().k == k
+                for _ in range(6):
+                    heard.step()
+                    stats = engine.stats()
+                assert stats.kv_tokens == len(engine.executor.layout.kv_ids(k)) * BLOCK_TOKENS
+            assert engine.stats().swaps > 0
+            heard.run()
+            for asked in requests:
+                assert heard.tokens(asked.id) == oracle(asked)
+
+    def test_a_turn_out_of_range_is_refused_and_preempts_nobody(self):
+        with running_engine(3, k_min=1, blocks=6) as engine:
+            heard = Heard(engine)
+            engine.submit(request("a", ignore_eos=True))
+            heard.step()
+            with pytest.raises(InputError, match="k must be between 1 and 6"):
+                engine.turn(0)
+            assert list(engine.scheduler.running) == ["a"]
+            heard.run()
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_parity_under_random_turns_preemptions_cancellations_and_failures(
+        self, oracle, seed, monkeypatch
+    ):
+        """Blocks are short, k jumps about, some are cancelled, one ends in a failing forward."""
+        draw = random.Random(seed)
+        bad = request("bad", 30, 20, text=99, ignore_eos=True)
+        requests = {
+            str(n): request(str(n), draw.randint(1, 60), draw.randint(1, 40), n, ignore_eos=True)
+            for n in range(10)
+        }
+        cancelled = set()
+        host_blocks = draw.choice([0, 4, 60])
+        with running_engine(4, k_min=1, blocks=7, host_blocks=host_blocks, max_batch=6) as engine:
+            heard, step = Heard(engine), engine.executor.step
+
+            def fails_on_the_bad_one(rows):
+                blocks = engine.executor.blocks
+                table = blocks.table("bad") if blocks.owned_blocks("bad") else None
+                if any(row.blocks == table and row.context >= 30 for row in rows):
+                    raise RuntimeError("a kernel did not like this row")
+                return step(rows)
+
+            monkeypatch.setattr(engine.executor, "step", fails_on_the_bad_one)
+            left = [*requests.values(), bad]
+            draw.shuffle(left)
+            for _ in range(120):
+                if left and draw.random() < 0.3:
+                    engine.submit(left.pop())
+                if draw.random() < 0.3:
+                    engine.turn(draw.randint(1, 6))
+                if draw.random() < 0.05:
+                    name = draw.choice([*requests])
+                    if engine.scheduler.find(name) is not None:
+                        engine.cancel(name)
+                        cancelled.add(name)
+                heard.step()
+            for asked in left:
+                engine.submit(asked)
+            heard.run()
+            assert isinstance(heard.error("bad"), EngineError)
+            assert engine.stats().swaps + engine.stats().recomputes > 0
+            for name, asked in requests.items():
+                expected = oracle(asked)
+                if name in cancelled:
+                    assert heard.finish(name) is FinishReason.CANCELLED
+                    assert heard.tokens(name) == expected[: len(heard.tokens(name))]
+                else:
+                    assert heard.tokens(name) == expected
+
+
 class TestStats:
     def test_they_count_what_is_there(self, engine, heard):
         idle = engine.stats()
@@ -367,7 +378,7 @@ class TestStats:
         heard.step()
         busy = engine.stats()
         assert (busy.running, busy.waiting) == (4, 1)
-        assert busy.kv_free_tokens == idle.kv_tokens - 4 * 2 * BLOCK_TOKENS
+        assert busy.kv_free_tokens == idle.kv_tokens - 3 * BLOCK_TOKENS, "24 tokens a step"
         heard.run()
         done = engine.stats()
         assert (done.running, done.waiting) == (0, 0)

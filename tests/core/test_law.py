@@ -1,7 +1,7 @@
 """The iteration-time law against its closed form and against an event simulation."""
 
 import heapq
-from itertools import count
+from itertools import count, cycle
 
 import pytest
 from hypothesis import assume, given
@@ -20,7 +20,9 @@ class Replica:
     def __init__(self, units, k, slots, cost, outside_s, transfer_s):
         self.streamed = set(streamed_units(units, k))
         self.program = [*range(units), "outside"]
-        self.cost, self.outside_s, self.transfer_s = cost, outside_s, transfer_s
+        self.cost, self.outside_s = cost, outside_s
+        each = transfer_s if isinstance(transfer_s, tuple) else (transfer_s,) * units
+        self.transfers_s = cycle([each[unit] for unit in sorted(self.streamed)])
         self.free_slots, self.arrived = slots, 0
         self.at, self.blocked_since = 0, None
         self.copying = self.computing = False
@@ -47,7 +49,7 @@ class Replica:
     def go_on(self):
         if self.streamed and not self.copying and self.free_slots:
             self.free_slots, self.copying = self.free_slots - 1, True
-            self.after(self.transfer_s, "copied")
+            self.after(next(self.transfers_s), "copied")
         if not self.computing:
             self.compute(self.program[self.at])
 
@@ -85,6 +87,15 @@ def streaming(draw, most_units=40, least_k=0):
 def test_the_recurrence_is_what_an_event_simulation_sees(shape, compute_s, outside_s, transfer_s):
     seen_s = simulated_s(*shape, UnitCost.uniform(compute_s), outside_s, transfer_s)
     assert iteration_s(*shape, compute_s, outside_s, transfer_s) == pytest.approx(seen_s, rel=1e-6)
+
+
+@given(streaming(), SECONDS, OUTSIDE, st.data())
+def test_it_sees_the_same_when_units_differ_in_size(shape, compute_s, outside_s, data):
+    transfers_s = tuple(
+        data.draw(st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=shape[0], max_size=shape[0]))
+    )
+    seen_s = simulated_s(*shape, UnitCost.uniform(compute_s), outside_s, transfers_s)
+    assert iteration_s(*shape, compute_s, outside_s, transfers_s) == pytest.approx(seen_s, rel=1e-3)
 
 
 @given(streaming(), SECONDS, st.floats(0, 1), st.floats(0, 0.5), OUTSIDE, SECONDS)

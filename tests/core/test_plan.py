@@ -334,7 +334,8 @@ def test_a_rate_to_serve_never_asks_for_more_streaming_than_the_most(inputs, rat
     plan = make_plan(replace(inputs, rate_per_s=rate_per_s))
     assert plan.k <= most.k
     served = [p.candidates[p.k].requests_per_s for p in (plan, most)]
-    assert served[0] >= min(rate_per_s, served[1]) * (1 - 1e-5)
+    # Not to offload at all is worth a few per cent of the rate.
+    assert served[0] >= min(rate_per_s, served[1]) * (1 - (1e-5 if plan.k else 0.05))
 
 
 @planning

@@ -1,25 +1,27 @@
-"""The scheduler: who is let in, who runs, and whose blocks come back."""
+"""The scheduler: who is let in, who runs, who is preempted, and whose blocks come back."""
 
 import pytest
-from hypothesis import given
+from fake_executor import VOCAB, Clock, Served, expected_tokens, served
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from select_n_core.decisions.latency import ComputeModel, LatencyModel
-from select_n_core.engine.messages import Request, SamplingParams
-from select_n_core.engine.scheduler import Limits, Scheduler, Sequence
-from select_n_core.errors import ContextLengthError, OverloadedError, RequestError
+from select_n_core.engine.messages import FinishReason, Request, SamplingParams
+from select_n_core.engine.scheduler import Limits, Scheduler
+from select_n_core.engine.sequence import Sequence
+from select_n_core.errors import (
+    ContextLengthError,
+    DeviceMemoryError,
+    InputError,
+    OverloadedError,
+    RequestError,
+)
 from select_n_core.kv.blocks import BlockTable
 from select_n_core.slo import SLO
 
 MS = 1e-3
 LATENCY = LatencyModel(4, 1 * MS, ComputeModel(((1, 1 * MS), (64, 2 * MS)), 0.0, 0.0, 0.0, 0.0))
-
-
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def scheduler(blocks: int = 16, clock: Clock | None = None, **limits: int) -> Scheduler:
@@ -34,22 +36,22 @@ def scheduler(blocks: int = 16, clock: Clock | None = None, **limits: int) -> Sc
         limits=Limits(**{**facts, **limits}),
         slo=SLO(tpot_s=0.1, ttft_s=1.0),
         latency=LATENCY,
-        blocks=BlockTable(blocks, 16),
+        blocks=BlockTable(range(blocks), 16),
         k=2,
         slots=2,
         clock=clock or Clock(),
     )
 
 
-def request(name: str, prompt: int = 10, max_tokens: int = 6) -> Request:
-    return Request(name, tuple(range(1, prompt + 1)), SamplingParams(max_tokens=max_tokens))
+def request(name: str, prompt: int = 10, max_tokens: int = 6, **facts) -> Request:
+    return Request(name, tuple(range(1, prompt + 1)), SamplingParams(max_tokens), **facts)
 
 
 def advance(turns, clock: Clock | None = None) -> None:
     """What the engine does after a step: tokens are computed, those that sample get one."""
     for turn in turns:
         samples = turn.samples
-        turn.sequence.computed += turn.count
+        turn.sequence.computed += turn.amount
         if samples:
             turn.sequence.tokens.append(7)
             if clock is not None and turn.sequence.first_token_s is None:
@@ -107,7 +109,7 @@ class TestLettingIn:
         with pytest.raises(OverloadedError, match="3 requests are waiting already") as caught:
             queue.add(request("d"))
         assert caught.value.retry_after_s == pytest.approx(59 * 0.1)
-        assert [s.request.id for s in queue.waiting] == ["a", "b", "c"]
+        assert list(queue.waiting) == ["a", "b", "c"]
 
     def test_nobody_is_told_to_come_back_within_a_second(self):
         queue = scheduler(max_queue=1, max_batch=1)
@@ -116,6 +118,10 @@ class TestLettingIn:
         with pytest.raises(OverloadedError) as caught:
             queue.add(request("c"))
         assert caught.value.retry_after_s == 1.0
+
+    def test_a_deadline_before_arrival_is_refused(self):
+        with pytest.raises(InputError, match="deadline_s must not be negative"):
+            request("a", deadline_s=-1.0)
 
     def test_a_burst_on_an_idle_replica_may_fill_the_batch_and_the_queue(self):
         queue = scheduler(max_queue=1, max_batch=2)
@@ -127,9 +133,8 @@ class TestLettingIn:
 
 class TestSteps:
     def test_a_long_prompt_goes_in_chunks_and_then_decodes(self):
-        queue = scheduler()
+        queue = scheduler(max_step_tokens=20)
         queue.add(request("a", prompt=49, max_tokens=3))
-        queue.limits = Limits(4, 20, 3, 200, 50)
         seen = []
         for _ in range(5):
             turns = queue.next_step()
@@ -144,11 +149,14 @@ class TestSteps:
             ([7], True),
         ]
 
-    def test_blocks_are_reserved_for_the_whole_request_at_admission(self):
+    def test_blocks_grow_with_what_is_computed(self):
         queue = scheduler()
-        queue.add(request("a", prompt=17, max_tokens=16))
-        queue.next_step()
-        assert len(queue.blocks.table("a")) == 3
+        queue.add(request("a", prompt=16, max_tokens=20))
+        owned = []
+        for _ in range(19):
+            advance(queue.next_step())
+            owned.append(queue.blocks.owned_blocks("a"))
+        assert owned == [1] + [2] * 16 + [3] * 2
 
     def test_no_more_run_than_the_batch_holds(self):
         queue = scheduler(max_batch=2)
@@ -160,16 +168,6 @@ class TestSteps:
         queue.next_step()
         assert list(queue.running) == ["b", "c"]
 
-    def test_a_request_without_room_waits_and_keeps_its_place(self):
-        queue = scheduler(blocks=4)
-        for name, prompt in (("a", 40), ("large", 40), ("small", 4)):
-            queue.add(request(name, prompt=prompt))
-        advance(queue.next_step())
-        assert list(queue.running) == ["a"]
-        queue.remove("a")
-        queue.next_step()
-        assert list(queue.running) == ["large", "small"]
-
     def test_an_idle_scheduler_has_nothing_to_do(self):
         queue = scheduler()
         assert queue.idle
@@ -177,9 +175,11 @@ class TestSteps:
 
 
 class TestSlack:
-    def test_a_request_without_a_first_token_has_all_the_time(self):
-        sequence = Sequence(request("a"), arrived_s=0.0, tokens=[1, 2, 3])
-        assert sequence.slack_s(1e6, 0.1) == float("inf")
+    def test_before_the_first_token_the_target_is_that_of_ttft_or_its_own(self):
+        slo = SLO(tpot_s=0.1, ttft_s=1.0)
+        assert Sequence(request("a"), 5.0, [1, 2]).slack_s(5.25, slo) == 0.75
+        own = request("a", deadline_s=0.5)
+        assert Sequence(own, 5.0, [1, 2]).slack_s(5.25, slo) == 0.25
 
     def test_every_token_earns_its_time_and_the_clock_spends_it(self):
         clock = Clock()
@@ -208,33 +208,298 @@ class TestRemoving:
         for name in "abc":
             queue.add(request(name))
         queue.remove("b")
-        assert [s.request.id for s in queue.waiting] == ["a", "c"]
+        assert list(queue.waiting) == ["a", "c"]
 
     def test_a_request_that_is_not_live_is_nobody(self):
         assert scheduler().remove("a") is None
 
 
-@given(st.lists(st.tuples(st.sampled_from("sdx"), st.integers(0, 9), st.integers(1, 90))))
-def test_blocks_are_conserved_whatever_comes_and_goes(events):
-    queue = scheduler(blocks=8, max_tokens=120, max_queue=4)
-    for kind, number, size in events:
-        if kind == "s":
-            advance(queue.next_step())
-            for name, sequence in list(queue.running.items()):
-                if sequence.output_tokens >= sequence.request.sampling.max_tokens:
-                    queue.remove(name)
-        elif kind == "x":
-            queue.remove(str(number))
-        elif queue.find(str(number)) is None and len(queue.waiting) < 4:
-            queue.add(request(str(number), prompt=min(size, 49), max_tokens=size % 7 + 1))
-        held = sum(len(queue.blocks.table(name)) for name in queue.running)
-        assert queue.blocks.free_blocks + held == 8
-        assert len(queue.running) <= 4
-    while not queue.idle:
-        turns = queue.next_step()
-        assert turns, "live requests, and nobody computes"
-        advance(turns)
-        for name, sequence in list(queue.running.items()):
-            if sequence.output_tokens >= sequence.request.sampling.max_tokens:
-                queue.remove(name)
-    assert queue.blocks.free_blocks == 8
+SLACK = SLO(tpot_s=10.0, ttft_s=1.0)
+# Every prompt token costs, so that swapping pays; a step of one row takes 4 ms.
+COSTLY = LatencyModel(4, 0.1 * MS, ComputeModel(((1, 1 * MS), (64, 20 * MS)), 0.0, 0.0, 0.0, 0.0))
+
+
+def asked(name: str, prompt: int = 6, tokens: int = 10, **facts) -> Request:
+    seed = sum(map(ord, name))
+    ids = tuple((seed * 31 + place * 7) % VOCAB for place in range(prompt))
+    return Request(name, ids, SamplingParams(max_tokens=tokens), **facts)
+
+
+class TestPreemption:
+    """Over an executor whose tokens are a hash of what lies in the blocks."""
+
+    @pytest.mark.parametrize(
+        ("changes", "swaps", "recomputes"),
+        [
+            ({"host_blocks": 20}, 1, 0),
+            ({"host_blocks": 0}, 0, 1),
+            ({"host_blocks": 20, "block_copy_s": 1.0}, 0, 1),
+        ],
+    )
+    def test_when_blocks_run_out_the_last_waits_and_goes_on_exactly(
+        self, changes, swaps, recomputes
+    ):
+        world = served(COSTLY, SLACK, [8], **changes)
+        requests = [asked("first", tokens=20), asked("last", tokens=20)]
+        for each in requests:
+            world.engine.submit(each)
+        world.run()
+        assert (world.scheduler.swaps, world.scheduler.recomputes) == (swaps, recomputes)
+        for each in requests:
+            assert world.tokens[each.id] == expected_tokens(each)
+            assert world.ends[each.id] is FinishReason.LENGTH
+
+    def test_a_turn_of_k_preempts_no_more_than_is_in_the_way(self):
+        world = served(COSTLY, SLACK, [4, 12], k=1, host_blocks=20)
+        requests = [
+            asked(name, prompt=10, tokens=6, priority=rank) for rank, name in enumerate("cba")
+        ]
+        for each in requests:
+            world.engine.submit(each)
+            world.step()
+        assert len(world.scheduler.running) == 3
+        world.engine.turn(0)
+        assert list(world.scheduler.running) == ["a"]
+        assert world.executor.blocks.blocks == 4
+        world.check_blocks()
+        world.run()
+        for each in requests:
+            assert world.tokens[each.id] == expected_tokens(each)
+
+    def test_a_swapped_request_may_be_cancelled_and_leaves_nothing(self):
+        world = served(COSTLY, SLACK, [8], host_blocks=20)
+        for name in ("first", "last"):
+            world.engine.submit(asked(name, tokens=20))
+        while not world.host.holds("last"):
+            world.step()
+        world.engine.cancel("last")
+        assert world.host.free_blocks == 20
+        world.run()
+        assert world.ends["last"] is FinishReason.CANCELLED
+        assert world.tokens["first"] == expected_tokens(asked("first", tokens=20))
+
+    def test_so_may_one_whose_cache_is_on_its_way_back(self):
+        world = served(COSTLY, SLACK, [8], host_blocks=20)
+        for name in ("first", "last"):
+            world.engine.submit(asked(name, tokens=20))
+        while not any(each.coming_back for each in world.scheduler.running.values()):
+            world.step()
+        world.engine.cancel("last")
+        after = asked("after", prompt=20, tokens=5)
+        world.engine.submit(after)
+        world.run()
+        assert world.tokens["after"] == expected_tokens(after)
+        assert world.host.free_blocks == 20
+
+    @pytest.mark.parametrize("copies", [1, 4])
+    def test_a_link_that_fails_costs_time_and_no_token(self, copies, caplog):
+        world = served(COSTLY, SLACK, [8], host_blocks=20)
+        requests = [asked("first", tokens=20), asked("last", tokens=20)]
+        for each in requests:
+            world.engine.submit(each)
+        while world.scheduler.swaps == world.scheduler.recomputes == 0:
+            world.link.failing = copies
+            world.step()
+        world.run()
+        assert world.scheduler.recomputes >= 1
+        assert "the cable is out" in caplog.text
+        for each in requests:
+            assert world.tokens[each.id] == expected_tokens(each)
+
+    def test_a_failing_way_back_is_a_recompute(self, caplog):
+        world = served(COSTLY, SLACK, [8], host_blocks=20)
+        requests = [asked("first", tokens=20), asked("last", tokens=20)]
+        for each in requests:
+            world.engine.submit(each)
+        while not world.scheduler.swaps:
+            world.step()
+        world.link.failing = 1
+        world.run()
+        assert (world.scheduler.swaps, world.scheduler.recomputes) == (1, 1)
+        assert "the cable is out" in caplog.text
+        assert world.tokens["last"] == expected_tokens(requests[1])
+
+    def test_one_that_outgrows_all_there_is_ends_alone_with_an_error_that_says_so(self):
+        world = served(COSTLY, SLACK, [3, 8], k=1, max_tokens=32)
+        large, small = asked("large", prompt=10, tokens=12), asked("small", prompt=5, tokens=4)
+        world.engine.submit(large)
+        world.step()
+        world.engine.turn(0)
+        world.executor.m = world.executor.cap = 0  # the lease is gone
+        world.engine.submit(small)
+        world.run()
+        assert isinstance(world.errors["large"], DeviceMemoryError)
+        assert "needs 4 KV blocks to go on, this replica has 3" in str(world.errors["large"])
+        assert world.tokens["large"] == expected_tokens(large)[: len(world.tokens["large"])]
+        assert world.tokens["small"] == expected_tokens(small)
+
+    def test_as_long_as_k_may_rise_it_gets_the_room_instead(self):
+        world = served(COSTLY, SLACK, [3, 5, 8], k=2, max_tokens=32)
+        world.engine.turn(0)
+        world.step()
+        large = asked("large", prompt=22, tokens=8)
+        world.engine.submit(large)
+        world.run()
+        assert world.tokens["large"] == expected_tokens(large)
+        assert world.executor.k == 2
+
+
+class TestFairness:
+    def test_a_higher_class_is_served_first_and_the_lower_one_goes_on_after(self):
+        world = served(COSTLY, SLACK, [8], max_batch=1)
+        low, high = asked("low", tokens=12), asked("high", tokens=5, priority=1)
+        world.engine.submit(low)
+        world.step()
+        world.step()
+        world.engine.submit(high)
+        world.run()
+        assert list(world.ends) == ["high", "low"]
+        assert world.tokens["low"] == expected_tokens(low)
+
+    def test_a_flood_of_a_higher_class_starves_nobody(self):
+        world = served(COSTLY, SLO(0.02, 0.05), [8], max_batch=1)  # patience is half a second
+        patient = asked("patient", tokens=4)
+        for number in range(400):
+            world.engine.submit(asked(f"vip{number}", tokens=4, priority=1))
+            if number == 0:
+                world.engine.submit(patient)
+            world.step()
+            if "patient" in world.ends:
+                break
+        assert world.tokens["patient"] == expected_tokens(patient)
+        assert 30 < number < 120
+
+    def test_a_flood_of_small_requests_does_not_keep_a_large_one_out(self):
+        world = served(COSTLY, SLACK, [8])
+        world.engine.submit(asked("small", tokens=10))
+        world.step()
+        large = asked("large", prompt=26, tokens=5)
+        world.engine.submit(large)
+        for number in range(400):
+            world.engine.submit(asked(f"small{number}", prompt=4, tokens=3))
+            world.step()
+            if "large" in world.ends:
+                break
+        assert world.tokens["large"] == expected_tokens(large)
+        assert number < 150
+
+    def test_tenants_of_one_weight_get_equal_tokens_however_many_requests_they_send(self):
+        world = served(COSTLY, SLACK, [40], max_batch=2)
+        for number in range(150):
+            world.engine.submit(asked(f"many{number}", tokens=6, tenant="many"))
+        for number in range(20):
+            world.engine.submit(asked(f"few{number}", tokens=6, tenant="few"))
+        while sum(name.startswith("few") for name in world.ends) < 20:
+            world.step()
+        many = sum(name.startswith("many") for name in world.ends)
+        assert 15 <= many <= 25
+
+    def test_tokens_that_are_computed_again_are_not_charged_again(self):
+        world = served(COSTLY, SLACK, [8], host_blocks=0)
+        for name in ("first", "last"):
+            world.engine.submit(asked(name, tokens=20, tenant=name))
+        while world.scheduler.recomputes == 0:
+            world.step()
+        last = world.scheduler.find("last")
+        assert last.computed == 0
+        charged = world.scheduler.state().levels["last"]
+        while len(last.tokens) > last.computed + 1:
+            world.step()
+        assert world.scheduler.state().levels["last"] - charged <= 2 * 4  # a new block at most
+
+
+@st.composite
+def worlds(draw) -> Served:
+    blocks_at = [draw(st.integers(2, 12))]
+    for more in draw(st.lists(st.integers(0, 5), max_size=4)):
+        blocks_at.append(blocks_at[-1] + more)
+    return served(
+        draw(st.sampled_from([LATENCY, COSTLY])),
+        SLO(draw(st.sampled_from([1e-4, 5e-3, 2e-2, 10.0])), draw(st.sampled_from([0.05, 1.0]))),
+        blocks_at,
+        draw(st.integers(0, len(blocks_at) - 1)),
+        host_blocks=draw(st.sampled_from([0, 3, 30])),
+        block_copy_s=draw(st.sampled_from([1e-9, 1e-4, 1.0])),
+        max_batch=draw(st.integers(1, 6)),
+    )
+
+
+class Histories(RuleBasedStateMachine):
+    """Requests of tenants and classes come, go and are cancelled while k turns and copies fail."""
+
+    @initialize(world=worlds())
+    def make(self, world: Served) -> None:
+        self.world = world
+        self.asked: dict[str, Request] = {}
+        self.cancelled: set[str] = set()
+
+    @rule(
+        prompt=st.integers(1, 30),
+        tokens=st.integers(1, 30),
+        tenant=st.sampled_from("ab"),
+        priority=st.integers(0, 2),
+    )
+    def submit(self, prompt: int, tokens: int, tenant: str, priority: int) -> None:
+        most = self.world.scheduler.limits.max_tokens
+        prompt = min(prompt, most - 1)
+        tokens = min(tokens, most - prompt)
+        name = str(len(self.asked))
+        self.asked[name] = asked(name, prompt, tokens, tenant=tenant, priority=priority)
+        self.world.engine.submit(self.asked[name])
+
+    @rule(count=st.integers(1, 12))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.world.step()
+
+    @precondition(lambda self: getattr(self, "asked", None))
+    @rule(data=st.data())
+    def cancel(self, data) -> None:
+        name = data.draw(st.sampled_from(sorted(self.asked)))
+        if self.world.scheduler.find(name) is not None:
+            self.world.engine.cancel(name)
+            self.cancelled.add(name)
+
+    @rule(data=st.data())
+    def turn(self, data) -> None:
+        self.world.engine.turn(data.draw(st.integers(0, self.world.executor.m)))
+
+    @rule(copies=st.integers(1, 3))
+    def break_the_link(self, copies: int) -> None:
+        self.world.link.failing = copies
+
+    @invariant()
+    def every_block_has_one_owner(self) -> None:
+        if hasattr(self, "world"):
+            self.world.check_blocks()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        world.run()
+        assert set(world.ends) == set(self.asked), "no request is lost"
+        for name, request in self.asked.items():
+            expected = expected_tokens(request)
+            if name in self.cancelled:
+                assert world.ends[name] is FinishReason.CANCELLED
+                assert world.tokens[name] == expected[: len(world.tokens[name])]
+            else:
+                assert world.ends[name] is FinishReason.LENGTH
+                assert world.tokens[name] == expected
+        assert world.executor.blocks.free_blocks == world.executor.blocks.blocks
+        assert world.host.free_blocks == world.host.count
+
+
+Histories.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestHistories = Histories.TestCase
+
+
+@settings(deadline=None)
+@given(worlds(), st.lists(st.integers(0, 2), min_size=2, max_size=12))
+def test_whatever_the_classes_everyone_gets_the_tokens_asked_for(world, classes):
+    requests = [asked(str(i), 3, 4, priority=rank) for i, rank in enumerate(classes)]
+    for each in requests:
+        world.engine.submit(each)
+    world.run(most=600)
+    assert all(world.tokens[each.id] == expected_tokens(each) for each in requests)

@@ -72,7 +72,16 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
         self.health: EngineError | None = None
-        self.now = EngineStats(k=10, interval=3.0, link_bytes=7, kv_tokens=1000)
+        self.now = EngineStats(
+            k=10,
+            interval=3.0,
+            mirrored=12,
+            lease_bytes=2,
+            link_bytes_by={("h2d", "weights"): 7},
+            kv_tokens=1000,
+            turns={"tpot": 4},
+            host_bytes=1,
+        )
         self.info = EngineInfo(
             plan_line="N = 3 was chosen",
             units=30,

@@ -120,19 +120,33 @@ def test_a_replica_exports_its_units_link_and_queue(text, exported):
     engine = ScriptedEngine(text)
     exported.telemetry.observe(replica(engine, text).report)
     engine.now = replace(
-        engine.now, running=3, waiting=2, kv_free_tokens=40, stall_s=1.5, link_bytes=1 << 40
+        engine.now,
+        running=3,
+        waiting=2,
+        kv_free_tokens=40,
+        stall_s=1.5,
+        link_bytes_by={("h2d", "weights"): 1 << 40, ("d2h", "kv"): 5},
+        swaps=6,
     )
     assert exported.values("select_n.interval") == [({}, 3.0)]
     assert exported.values("select_n.units") == [
         ({"state": "streamed"}, 10),
         ({"state": "home"}, 20),
+        ({"state": "mirrored"}, 12),
     ]
     assert exported.values("select_n.link.bytes") == [
-        ({"kind": "weights", "direction": "h2d"}, 1 << 40)
+        ({"kind": "weights", "direction": "h2d"}, 1 << 40),
+        ({"kind": "kv", "direction": "d2h"}, 5),
+    ]
+    assert exported.values("select_n.interval.changes") == [({"cause": "tpot"}, 4)]
+    assert exported.values("select_n.preemptions") == [
+        ({"way": "swap"}, 6),
+        ({"way": "recompute"}, 0),
     ]
     assert exported.values("select_n.link.bandwidth") == [({}, 1e9)]
     assert exported.values("select_n.copy_stall.duration") == [({}, 1.5)]
     assert exported.values("select_n.host.lease.bytes") == [({}, 2)]
+    assert exported.values("select_n.host.pinned.bytes") == [({}, 1)]
     assert exported.values("select_n.running_requests") == [({}, 3)]
     assert exported.values("select_n.waiting_requests") == [({}, 2)]
     assert exported.values("select_n.kv.free_tokens") == [({}, 40)]
@@ -149,7 +163,10 @@ def test_a_replicas_series_have_units_and_what_only_grows_is_a_counter(text, exp
         "select_n.link.bytes": "By",
         "select_n.link.bandwidth": "By/s",
         "select_n.copy_stall.duration": "s",
+        "select_n.interval.changes": "{change}",
+        "select_n.preemptions": "{preemption}",
         "select_n.host.lease.bytes": "By",
+        "select_n.host.pinned.bytes": "By",
         "select_n.running_requests": "{request}",
         "select_n.waiting_requests": "{request}",
         "select_n.kv.free_tokens": "{token}",
@@ -161,7 +178,9 @@ def test_a_replicas_series_have_units_and_what_only_grows_is_a_counter(text, exp
     assert {name for name, metric in metrics.items() if hasattr(metric.data, "is_monotonic")} == {
         "select_n.link.bytes",
         "select_n.copy_stall.duration",
+        "select_n.interval.changes",
         "select_n.iterations",
+        "select_n.preemptions",
     }
 
 
@@ -173,6 +192,7 @@ def test_a_replica_that_streams_nothing_has_no_interval(text, exported):
     assert exported.values("select_n.units") == [
         ({"state": "streamed"}, 0),
         ({"state": "home"}, 30),
+        ({"state": "mirrored"}, 12),
     ]
 
 

@@ -1,0 +1,121 @@
+"""What a step is decided from and what is decided: plain facts about requests, blocks and time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from select_n_core.decisions.service import ServicePolicy
+
+
+class RequestFacts(NamedTuple):
+    """A live request; a tuple, because hundreds are made per step.
+
+    Attributes:
+        context_tokens: in the cache: on the device, or in host blocks of one that waits.
+        prompt_left: known tokens to compute before it yields its next one (after a recompute its
+            own output is among them); 0 means it decodes, one token a step.
+        slack_s: until its next token is due; negative when it is late.
+        blocks: on the device that it owns.
+        expected_tokens: prompt and output in all, as far as one can tell.
+        most_tokens: prompt and output at most.
+        priority: its class; larger goes first.
+        waited_s: not running, in all.
+    """
+
+    id: str
+    context_tokens: int
+    prompt_left: int
+    slack_s: float
+    blocks: int = 0
+    expected_tokens: int = 0
+    most_tokens: int = 0
+    tenant: str = ""
+    priority: int = 0
+    waited_s: float = 0.0
+    arrived_s: float = 0.0
+
+    @property
+    def next_tokens(self) -> int:
+        """In the cache once it has yielded its next token."""
+        return self.context_tokens + (self.prompt_left or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """All that a step's decision depends on.
+
+    Attributes:
+        running: requests that hold KV blocks. waiting: those that do not, new or preempted.
+        free_blocks, blocks: that nobody owns, that exist.
+        host_blocks: free in host memory for requests that are swapped out.
+        block_copy_s: one block over the link, one way.
+        k_min: the least k may become.
+        k_up: the next larger k that gives more blocks; None where there is none.
+        blocks_below: that would exist with k one lower.
+        tpot_s: the promise; a batch that takes longer per step cannot keep it.
+        quiet_s: since a miss was predicted or k turned.
+        levels: weighted tokens served so far, of every tenant with a live request.
+    """
+
+    running: tuple[RequestFacts, ...]
+    waiting: tuple[RequestFacts, ...]
+    free_blocks: int
+    blocks: int
+    block_tokens: int
+    max_batch: int
+    max_step_tokens: int
+    least_chunk: int
+    k: int
+    slots: int
+    tpot_s: float
+    policy: ServicePolicy
+    k_min: int = 0
+    k_up: int | None = None
+    blocks_below: int = 0
+    host_blocks: int = 0
+    block_copy_s: float = 0.0
+    quiet_s: float = 0.0
+    levels: Mapping[str, float] = field(default_factory=dict)
+
+    def blocks_of(self, tokens: int) -> int:
+        """Blocks that `tokens` tokens of one request take."""
+        return -(-tokens // self.block_tokens)
+
+
+class Way(StrEnum):
+    """How a preempted request's cache comes back."""
+
+    SWAP = "swap"  # copied to host blocks and back
+    RECOMPUTE = "recompute"  # computed again from its tokens
+
+
+class Preemption(NamedTuple):
+    """A running request that gives its blocks back."""
+
+    id: str
+    way: Way
+
+
+@dataclass(frozen=True, slots=True)
+class StepDecision:
+    """What happens in this step, in this order.
+
+    Attributes:
+        preempt: running requests that give their blocks back first.
+        fail: waiting requests that no turn of k can make fit, even alone.
+        admit: waiting requests that hold KV blocks from now on, in order. Those with a cache in
+            host memory get it back during this step and have no row in it.
+        rows: (request, new tokens) of this step, decoding rows first.
+        k_next: units streamed from this step on.
+        missed: whether somebody's next token is predicted to be late.
+    """
+
+    preempt: tuple[Preemption, ...]
+    fail: tuple[str, ...]
+    admit: tuple[str, ...]
+    rows: tuple[tuple[str, int], ...]
+    k_next: int
+    missed: bool
