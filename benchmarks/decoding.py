@@ -48,7 +48,14 @@ def record_here(
 
 
 def place(
-    model: LoadedModel, link: Link, *, k: int, slots: int, requests: int, tokens: int
+    model: LoadedModel,
+    link: Link,
+    *,
+    k: int,
+    slots: int,
+    requests: int,
+    tokens: int,
+    threads: int | None = None,
 ) -> Executor:
     """An executor whose arena just holds `requests` requests of `tokens` tokens each."""
     memory = model_memory(model, BLOCK_TOKENS)
@@ -58,6 +65,7 @@ def place(
         k=k,
         slots=slots,
         block_tokens=BLOCK_TOKENS,
+        threads=threads,
     )
     return Executor(model, placement, link, CPU)
 
@@ -126,13 +134,17 @@ class MovingBatch:
 
 
 def complete(
-    executor: Executor, record: PerformanceRecord, prompts: Sequence[Sequence[int]], output: int
+    executor: Executor,
+    record: PerformanceRecord,
+    prompts: Sequence[Sequence[int]],
+    output: int,
+    chunk_tokens: int = 256,
 ) -> list[list[int]]:
     """Greedy tokens of every prompt, all in one continuous batch, end-of-sequence ignored."""
     scheduler = Scheduler(
         limits=Limits(
             max_batch=len(prompts),
-            max_step_tokens=256 + len(prompts),
+            max_step_tokens=chunk_tokens + len(prompts),
             max_queue=len(prompts),
             max_tokens=1 << 20,
             vocab_size=executor.model.vocab_size,

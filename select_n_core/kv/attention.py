@@ -1,24 +1,34 @@
-"""Attention of one step over the paged cache, in torch's public operators.
+"""Attention of one step over the paged cache on a CPU, in torch's public operators.
 
-Decoding rows gather their pages once and take the queries to the pages (pages are the batch
-dimension, no padding of keys or values); only the scores, which are small, are laid out per
-request for one softmax. Prompt chunks attend request by request with SDPA.
-Source: flash-decoding's page-wise split.
+Decoding rows of about the same length gather their pages once into dense keys and values, head by
+head, so that one product gives all their scores and one more their outputs. Prompt chunks attend
+request by request, some queries at a time: scores stay small enough for the cache, and keys that
+none of these queries sees are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from select_n_core.kv.cache import KVCache
 from select_n_core.models.seam import AttentionTraits
 
+Position = TypeVar("Position", int, Tensor)
+
 _HIDDEN = float("-inf")
+# Queries of a chunk that attend at once, and how many scores they may make (4 MiB of float32).
+_TILE_TOKENS = 128
+_TILE_SCORES = 1 << 20
+_LEAST_TILE_TOKENS = 16
+# Rows share a gather while padding adds a quarter of their pages at most, or so few bytes that
+# copying them costs no more than the operators of one more group.
+_PADDING_SHARE = 0.25
+_PADDING_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +78,7 @@ class PagedAttention:
         self.positions = torch.tensor(positions, device=device)
         self._blocks = torch.tensor(blocks, device=device)
         self._offsets = self.positions % size
-        self._decode = _Decode(decoding, size, device) if decoding else None
+        self._decodes = [_Decode(alike, size, device) for alike in _alike(decoding, cache)]
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, traits: AttentionTraits
@@ -77,78 +87,101 @@ class PagedAttention:
         keys, values = self._cache.keys(layer), self._cache.values(layer)
         keys[self._blocks, :, self._offsets] = k.transpose(0, 1)
         values[self._blocks, :, self._offsets] = v.transpose(0, 1)
-        if self._decode is not None and not self._chunks:
-            return self._decode.attend(q, keys, values, traits)
+        if len(self._decodes) == 1 and not self._chunks:
+            return self._decodes[0].attend(q, keys, values, traits)
         out = torch.empty(q.shape[1], q.shape[0], v.shape[2], dtype=q.dtype, device=q.device)
-        if self._decode is not None:
-            rows = self._decode.starts
-            out[rows] = self._decode.attend(q[:, rows], keys, values, traits)
+        for decode in self._decodes:
+            rows = decode.starts
+            out[rows] = decode.attend(q[:, rows], keys, values, traits)
         for chunk in self._chunks:
             part = slice(chunk.start, chunk.start + chunk.tokens)
             own = (k[:, part], v[:, part])
-            out[part] = chunk.attend(q[:, part], own, keys, values, traits)
+            chunk.attend(q[:, part], own, (keys, values), traits, out[part])
         return out
 
 
+def _alike(rows: Sequence[tuple[int, Row]], cache: KVCache) -> Iterator[list[tuple[int, Row]]]:
+    """Decoding rows in groups of about the same length, each in the rows' order."""
+    pages = {start: row.context // cache.block_tokens + 1 for start, row in rows}
+    spare = _PADDING_BYTES // (cache.keys(0)[0].nbytes + cache.values(0)[0].nbytes)
+    group: list[tuple[int, Row]] = []
+    width = used = 0  # pages of the group's longest row, and of all its rows
+    for start, row in sorted(rows, key=lambda each: -pages[each[0]]):
+        count = pages[start]
+        padding = (len(group) + 1) * width - used - count
+        if group and padding > max(spare, _PADDING_SHARE * (used + count)):
+            yield sorted(group, key=lambda each: each[0])
+            group, used = [], 0
+        if not group:
+            width = count
+        group.append((start, row))
+        used += count
+    if group:
+        yield sorted(group, key=lambda each: each[0])
+
+
 class _Decode:
-    """All rows with one new token."""
+    """Rows with one new token each, of about the same length."""
 
     def __init__(
         self, rows: Sequence[tuple[int, Row]], block_tokens: int, device: torch.device
     ) -> None:
-        pages: list[int] = []
-        owners: list[int] = []
-        counts = [row.context // block_tokens + 1 for _, row in rows]
-        self.width = max(counts)  # pages of the longest row
-        scattered: list[int] = []  # place of each page in the padded [rows, width] grid
-        for index, ((_, row), count) in enumerate(zip(rows, counts, strict=True)):
-            pages += row.blocks[:count]
-            owners += [index] * count
-            scattered += range(index * self.width, index * self.width + count)
-        self.rows = len(rows)
+        tables = [row.blocks[: row.context // block_tokens + 1] for _, row in rows]
+        width = max(map(len, tables))
+        # A short row is padded with its own first block: written for sure, and masked.
+        padded = [[*table, *[table[0]] * (width - len(table))] for table in tables]
         self.starts = torch.tensor([start for start, _ in rows], device=device)
-        self.pages = torch.tensor(pages, device=device)
-        self.owners = torch.tensor(owners, device=device)
-        self.dense = len(pages) == self.rows * self.width
-        self.scattered = torch.tensor(scattered, device=device)
+        self._pages = torch.tensor(padded, device=device).flatten()
         self._last = torch.tensor([row.context for _, row in rows], device=device)
-        self._grid = torch.arange(self.width * block_tokens, device=device)
+        self._grid = torch.arange(width * block_tokens, device=device)
         self._masks: dict[tuple[int | None, int | None], Tensor] = {}
-
-    def _mask(self, traits: AttentionTraits) -> Tensor:
-        """[rows, 1, 1, width * block_tokens]: 0 where the key is seen, -inf elsewhere."""
-        key = (traits.window, traits.chunk)
-        if key not in self._masks:
-            last = self._last[:, None]
-            seen = (self._grid <= last) & (self._grid >= _lowest(last, traits))
-            mask = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, _HIDDEN)
-            self._masks[key] = mask[:, None, None]
-        return self._masks[key]
+        self._places: dict[tuple[int, int], Tensor] = {}
+        self._gathered: dict[tuple[int, ...], Tensor] = {}
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, traits: AttentionTraits) -> Tensor:
+        """[rows, heads, v_dim] of q [heads, rows, k_dim] over the cache's views."""
         heads, rows, k_dim = q.shape
-        kv_heads, size, v_dim = keys.shape[1], keys.shape[2], values.shape[3]
+        kv_heads = keys.shape[1]
         group = heads // kv_heads
-        queries = (q * traits.scaling).transpose(0, 1).reshape(rows, kv_heads, group, k_dim)
-        scores = queries.index_select(0, self.owners) @ keys.index_select(0, self.pages).mT
-        # [pages, kv_heads, group, size] -> [rows, kv_heads, group, width * size]
-        grid = scores.float()
-        if not self.dense:
-            padded = grid.new_zeros(rows * self.width, kv_heads, group, size)
-            grid = padded.index_copy_(0, self.scattered, grid)
-        grid = grid.view(rows, self.width, kv_heads, group, size).permute(0, 2, 3, 1, 4)
-        grid = grid.reshape(rows, kv_heads, group, self.width * size)
-        weights = _softmax(grid, self._mask(traits), traits, kv_heads, group)
-        weights = weights.view(rows, kv_heads, group, self.width, size).permute(0, 3, 1, 2, 4)
-        weights = weights.reshape(rows * self.width, kv_heads, group, size).to(q.dtype)
-        if not self.dense:
-            weights = weights.index_select(0, self.scattered)
-        parts = weights @ values.index_select(0, self.pages)
-        if self.width == 1:
-            return parts.view(rows, heads, v_dim)
-        out = parts.new_zeros(rows, kv_heads, group, v_dim, dtype=torch.float32)
-        out.index_add_(0, self.owners, parts.float())
-        return out.view(rows, heads, v_dim).to(q.dtype)
+        queries = q.view(kv_heads, group, rows, k_dim).transpose(1, 2)
+        queries = queries.reshape(kv_heads * rows, group, k_dim)
+        scores = torch.bmm(queries, self._gather(keys).mT)
+        scores = scores.view(kv_heads, rows, group, -1)
+        weights = _softmax(scores, self._mask(traits), traits, (kv_heads, 1, group))
+        weights = weights.view(kv_heads * rows, group, -1).to(q.dtype)
+        out = torch.bmm(weights, self._gather(values)).view(kv_heads, rows, group, -1)
+        return out.transpose(0, 1).reshape(rows, heads, -1)
+
+    def _mask(self, traits: AttentionTraits) -> Tensor:
+        """[rows, 1, keys]: 0 where the key is seen, -inf elsewhere."""
+        key = (traits.window, traits.chunk)
+        if key not in self._masks:
+            self._masks[key] = _mask(self._last[:, None], self._grid, traits)[:, None]
+        return self._masks[key]
+
+    def _gather(self, cached: Tensor) -> Tensor:
+        """[kv_heads * rows, keys, dim] of the cache's [blocks, kv_heads, size, dim].
+
+        The next gather of this shape overwrites it: fresh memory of this size costs page faults.
+        """
+        blocks, kv_heads, size, dim = cached.shape
+        shape = (kv_heads, len(self._pages), size, dim)
+        if shape not in self._gathered:
+            self._gathered[shape] = cached.new_empty(shape)
+        out = self._gathered[shape]
+        stride, page = cached.stride(0), size * dim
+        if stride % page:
+            torch.index_select(cached.transpose(0, 1), 1, self._pages, out=out)
+        else:
+            # The same pages as rows of a matrix, which are copied a third faster.
+            every = stride // page
+            if (kv_heads, every) not in self._places:
+                head = torch.arange(kv_heads, device=cached.device)[:, None]
+                self._places[kv_heads, every] = (self._pages * every + head).flatten()
+            matrix = cached.as_strided(((blocks - 1) * every + kv_heads, page), (page, 1))
+            places = self._places[kv_heads, every]
+            torch.index_select(matrix, 0, places, out=out.view(len(places), page))
+        return out.view(kv_heads * len(self._last), -1, dim)
 
 
 class _Chunk:
@@ -161,81 +194,84 @@ class _Chunk:
         self._device = device
         pages = -(-(row.context + row.tokens) // block_tokens)
         self._pages = torch.tensor(list(row.blocks[:pages]), device=device)
-        self._masks: dict[tuple[int | None, int | None], Tensor] = {}
-
-    def _seen(self, traits: AttentionTraits) -> Tensor:
-        """[tokens, context + tokens], true where the key is seen."""
-        key = (traits.window, traits.chunk)
-        if key not in self._masks:
-            end = self._context + self.tokens
-            queries = torch.arange(self._context, end, device=self._device)[:, None]
-            grid = torch.arange(end, device=self._device)
-            self._masks[key] = (grid <= queries) & (grid >= _lowest(queries, traits))
-        return self._masks[key]
+        self._masks: dict[int | None, Tensor] = {}
 
     def attend(
         self,
         q: Tensor,
         own: tuple[Tensor, Tensor],
-        keys: Tensor,
-        values: Tensor,
+        cached: tuple[Tensor, Tensor],
         traits: AttentionTraits,
-    ) -> Tensor:
-        end = self._context + self.tokens
-        k, v = own if self._context == 0 else (self._gather(keys), self._gather(values))
-        if traits.softcap is not None or traits.sinks is not None:
-            return self._explicit(q, k, v, traits)
-        whole = traits.chunk is None and (traits.window is None or traits.window >= end)
-        causal = whole and self._context == 0
-        out = scaled_dot_product_attention(
-            q[None],
-            k[None],
-            v[None],
-            attn_mask=None if causal else self._seen(traits),
-            is_causal=causal,
-            scale=traits.scaling,
-            enable_gqa=True,
-        )
-        return out[0].transpose(0, 1)
+        out: Tensor,
+    ) -> None:
+        """Fill `out` [tokens, heads, v_dim]; `own` are the chunk's keys and values."""
+        k, v = own if self._context == 0 else (self._gather(cached[0]), self._gather(cached[1]))
+        heads, kv_heads, v_dim = q.shape[0], k.shape[0], v.shape[2]
+        group = heads // kv_heads
+        most = _TILE_SCORES // (heads * k.shape[1])
+        tile = min(_TILE_TOKENS, max(_LEAST_TILE_TOKENS, most))
+        for begin in range(0, self.tokens, tile):
+            tokens = min(tile, self.tokens - begin)
+            start, end = self._context + begin, self._context + begin + tokens
+            first = max(0, _lowest(start, traits))
+            queries = q[:, begin : begin + tokens].reshape(kv_heads, group * tokens, -1)
+            scores = torch.bmm(queries, k[:, first:end].mT).view(kv_heads, group, tokens, -1)
+            mask = self._mask(range(start, end), range(first, end), traits)
+            weights = _softmax(scores, mask, traits, (kv_heads, group, 1)).to(q.dtype)
+            part = torch.bmm(weights.view(kv_heads, group * tokens, -1), v[:, first:end])
+            out[begin : begin + tokens] = part.view(heads, tokens, v_dim).transpose(0, 1)
+
+    def _mask(self, queries: range, keys: range, traits: AttentionTraits) -> Tensor:
+        """[queries, keys]; both end at the same position."""
+        if traits.chunk is not None:
+            return self._mask_over(queries, keys, traits)
+        # The others depend on distance alone: one mask, aligned at its end, serves every tile.
+        if traits.window not in self._masks:
+            end = self._context + self.tokens
+            widest = range(end - min(_TILE_TOKENS, self.tokens), end)
+            seen = range(max(0, _lowest(widest.start, traits)), end)
+            self._masks[traits.window] = self._mask_over(widest, seen, traits)
+        return self._masks[traits.window][-len(queries) :, -len(keys) :]
+
+    def _mask_over(self, queries: range, keys: range, traits: AttentionTraits) -> Tensor:
+        at = torch.arange(queries.start, queries.stop, device=self._device)[:, None]
+        return _mask(at, torch.arange(keys.start, keys.stop, device=self._device), traits)
 
     def _gather(self, cached: Tensor) -> Tensor:
-        """[heads, context + tokens, dim] of this request."""
+        """[kv_heads, context + tokens, dim] of this request."""
         pages = cached.index_select(0, self._pages).transpose(0, 1)
         return pages.reshape(cached.shape[1], -1, cached.shape[3])[:, : self._context + self.tokens]
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, traits: AttentionTraits) -> Tensor:
-        heads, kv_heads = q.shape[0], k.shape[0]
-        group = heads // kv_heads
-        queries = (q * traits.scaling).reshape(kv_heads, group * self.tokens, -1)
-        scores = (queries @ k.mT).float().view(1, kv_heads, group, self.tokens, -1)
-        hidden = torch.zeros(scores.shape[-2:], device=q.device)
-        hidden.masked_fill_(~self._seen(traits), _HIDDEN)
-        # [1, kv_heads, group, tokens, keys] -> rows of queries, as _softmax wants them
-        weights = _softmax(
-            scores[0].permute(2, 0, 1, 3), hidden[:, None, None], traits, kv_heads, group
-        )
-        weights = weights.permute(1, 2, 0, 3).reshape(kv_heads, group * self.tokens, -1)
-        out = (weights.to(q.dtype) @ v).view(heads, self.tokens, -1)
-        return out.transpose(0, 1)
 
-
-def _lowest(query: Tensor, traits: AttentionTraits) -> Tensor:
-    """The lowest position each query sees."""
+def _lowest(query: Position, traits: AttentionTraits) -> Position:
+    """The lowest position a query sees; below 0 where it sees all."""
     if traits.chunk is not None:
         return query // traits.chunk * traits.chunk
     if traits.window is not None:
         return query - (traits.window - 1)
-    return torch.zeros_like(query)
+    return query * 0
+
+
+def _mask(queries: Tensor, grid: Tensor, traits: AttentionTraits) -> Tensor:
+    """[queries, keys] in float32: 0 where the key is seen, -inf elsewhere."""
+    seen = (grid <= queries) & (grid >= _lowest(queries, traits))
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, _HIDDEN)
 
 
 def _softmax(
-    scores: Tensor, mask: Tensor, traits: AttentionTraits, kv_heads: int, group: int
+    scores: Tensor, mask: Tensor, traits: AttentionTraits, heads: tuple[int, int, int]
 ) -> Tensor:
-    """Softmax over the last dimension of [rows, kv_heads, group, keys], with cap and sinks."""
-    if traits.softcap is not None:
-        scores = torch.tanh(scores / traits.softcap) * traits.softcap
-    scores = scores + mask
+    """Weights over the last dimension in float32, of raw scores, scaled, capped and with sinks.
+
+    Args:
+        heads: how the sinks' heads lie over the scores' first three dimensions.
+    """
+    if traits.softcap is None:
+        scores = torch.add(mask, scores, alpha=traits.scaling)
+    else:
+        capped = torch.tanh(scores.float() * (traits.scaling / traits.softcap))
+        scores = torch.add(mask, capped, alpha=traits.softcap)
     if traits.sinks is None:
         return torch.softmax(scores, dim=-1)
-    sinks = traits.sinks.float().view(1, kv_heads, group, 1).expand(scores.shape[0], -1, -1, 1)
+    sinks = traits.sinks.float().view(*heads, 1).expand(*scores.shape[:-1], 1)
     return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]

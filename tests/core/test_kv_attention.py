@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from select_n_core.kv import attention
 from select_n_core.kv.attention import PagedAttention, Row
 from select_n_core.kv.cache import KVCache, block_bytes
 from select_n_core.models.seam import AttentionTraits, LayerKV
@@ -107,8 +108,8 @@ class Setting:
                 parts[i] = slice(requests[i].done, requests[i].done + tokens)
                 rows.append(Row(requests[i].blocks, requests[i].done, tokens))
                 requests[i].done += tokens
-            attention = PagedAttention(self.cache, rows, CPU)
-            assert attention.positions.tolist() == [
+            step_attention = PagedAttention(self.cache, rows, CPU)
+            assert step_attention.positions.tolist() == [
                 position for part in parts.values() for position in range(part.start, part.stop)
             ]
             for layer in range(len(self.kv)):
@@ -116,7 +117,7 @@ class Setting:
                     _pack([of(requests[i])[layer][:, parts[i]] for i in active])
                     for of in (lambda r: r.q, lambda r: r.k, lambda r: r.v)
                 ]
-                result = attention.attend(layer, *packed, traits)
+                result = step_attention.attend(layer, *packed, traits)
                 assert result.dtype == self.dtype
                 for i, piece in zip(
                     active, result.split([row.tokens for row in rows]), strict=True
@@ -197,11 +198,35 @@ def test_half_precision_stays_within_its_rounding(traits):
     )
 
 
-def test_the_cache_starts_zeroed_whatever_its_region_held():
-    kv = (LayerKV(2, 4, 6),)
-    cache = Setting(kv, heads=4, block_tokens=4).cache
-    assert not cache.keys(0).any()
-    assert not cache.values(0).any()
+def test_a_block_is_zeroed_behind_its_first_tokens_whatever_it_held():
+    setting = Setting((LayerKV(2, 4, 6),), heads=4, block_tokens=4)
+    request = setting.request([5])
+    setting.serve([request], TRAITS["plain"])
+    for cached in (setting.cache.keys(0), setting.cache.values(0)):
+        full, begun = cached[request.blocks]
+        assert full.ne(0).all()
+        assert begun[:, 0].ne(0).all()
+        assert begun[:, 1:].eq(0).all()
+
+
+# Chunks in tiles of few tokens, rows that share no gather, and rows that all do.
+CUTS = {
+    "tiles of three": {"_TILE_TOKENS": 3},
+    "tiles as small as scores ask": {"_TILE_SCORES": 1, "_LEAST_TILE_TOKENS": 2},
+    "no padding": {"_PADDING_SHARE": 0, "_PADDING_BYTES": 0},
+    "a little padding": {"_PADDING_SHARE": 0.25, "_PADDING_BYTES": 0},
+    "any padding": {"_PADDING_SHARE": 100},
+}
+
+
+@pytest.mark.parametrize("traits", TRAITS.values(), ids=TRAITS)
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_how_the_work_is_cut_changes_nothing(monkeypatch, cut, traits):
+    for name, value in cut.items():
+        monkeypatch.setattr(attention, name, value)
+    setting = Setting((LayerKV(2, 8, 6), LayerKV(2, 8, 8)), heads=4, block_tokens=4, blocks=80)
+    lengths = [[1, 1, 1], [30, 1, 1], [6, 1, 11], [9, 7, 1], [29, 1, 1], [8, 8, 8]]
+    setting.check([setting.request(each) for each in lengths], traits)
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -1e30, 12345.0])
@@ -220,6 +245,7 @@ def test_what_an_earlier_owner_left_in_a_block_changes_nothing(traits, garbage):
 
 def test_a_request_writes_into_its_own_blocks_alone():
     setting = Setting((LayerKV(2, 8, 6), LayerKV(1, 4, 4)), heads=2, block_tokens=4)
+    setting.cache.keys(0).zero_()
     setting.cache.keys(1).fill_(7.0)
     request = setting.request([6, 1, 1])
     setting.serve([request], TRAITS["plain"])
