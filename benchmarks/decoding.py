@@ -17,7 +17,8 @@ from select_n_core.engine.scheduler import Limits, Scheduler
 from select_n_core.links.base import Link
 from select_n_core.models.load import LoadedModel, load_model
 from select_n_core.models.source import resolve
-from select_n_core.offload.executor import Executor, Placement, StepRow, model_memory
+from select_n_core.offload.executor import Executor
+from select_n_core.offload.placement import Placement, StepRow, model_memory
 from select_n_core.profiling.fingerprint import fingerprint
 from select_n_core.profiling.measure import Effort, measure_record
 from select_n_core.record import PerformanceRecord

@@ -5,49 +5,65 @@
 Peers are transformers' static `generate` and its continuous `generate_batch`, and vLLM's CPU
 build, which runs as `PYTHON` of an environment of its own. All get the same random prompts, new
 ones each round, and take turns, there and back, so that drift and bursts of the machine spread
-over all of them. A ratio is taken within its round. Rates are output tokens over wall time,
-prompts included; greedy, bfloat16, end-of-sequence ignored.
+over all of them. A ratio is taken within its round, and only rounds count in which others left the
+machine alone: a busy neighbour stalls whoever uses all cores. Rates are output tokens over wall
+time, prompts included; greedy, bfloat16, end-of-sequence ignored.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    PreTrainedModel,
-)
 
 from benchmarks.decoding import DEMO, complete, load, place, record_here
-from benchmarks.environment import ROOT, Provenance, note, publish
+from benchmarks.engine_peers import (
+    Prompts,
+    Runner,
+    generate,
+    generate_batch,
+    load_peer,
+    timed,
+    vllm,
+)
+from benchmarks.environment import Provenance, note, publish
 from select_n_core.links.emulated import EmulatedLink
 from select_n_core.profiling.measure import Effort
 
 OURS = "select-n"
 GOALS = {"generate": 1.0, "generate_batch": 1.5, "vllm": 0.8}
 LINK_BYTES_PER_S = 4e9  # of a link that nothing is streamed over
+QUIET_CORES = 0.1  # foreign load of a round that counts, on average
+MOST_ROUNDS = 3  # times those asked for, until enough were quiet
 
-Prompts = list[list[int]]
-Runner = Callable[[Prompts, int], dict[str, Any]]
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Everybody's turn once, by name."""
+
+    foreign_cores: float
+    tokens_per_s: dict[str, float]
+    cores: dict[str, float]
+
+    @property
+    def quiet(self) -> bool:
+        """Whether others left the machine alone."""
+        return self.foreign_cores <= QUIET_CORES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default=DEMO)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=6, help="measured, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=6, help="quiet ones, after one to warm up")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=128, help="tokens in")
     parser.add_argument("--output", type=int, default=64, help="tokens out")
@@ -76,18 +92,19 @@ def main() -> None:
 def _section(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
     """Every runner at so many threads."""
     torch.set_num_threads(threads)
+    shape = (arguments.requests, arguments.prompt + arguments.output)
     with _ours(arguments, threads) as (directory, vocab_size, ours):
-        peer = _load_peer(directory)
+        peer = load_peer(directory)
         runners: dict[str, Runner] = {
             OURS: ours,
-            "generate": _timed(lambda prompts, output: _generate(peer, prompts, output)),
-            "generate_batch": _timed(
-                lambda prompts, output: _generate_batch(peer, prompts, output, arguments)
+            "generate": timed(lambda prompts, output: generate(peer, prompts, output)),
+            "generate_batch": timed(
+                lambda prompts, output: generate_batch(peer, prompts, output, arguments.chunk)
             ),
         }
-        with _vllm(arguments, directory, threads) as (version, vllm):
-            if vllm is not None:
-                runners["vllm"] = vllm
+        with vllm(arguments.vllm, directory, shape, threads) as (version, runner):
+            if runner is not None:
+                runners["vllm"] = runner
             found = _rounds(runners, arguments, vocab_size, threads)
         peer.destroy_cached_continuous_batching_manager()
     return {"threads": threads, "vllm": version, **_summary(found)}
@@ -95,28 +112,42 @@ def _section(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
 
 def _rounds(
     runners: dict[str, Runner], arguments: argparse.Namespace, vocab_size: int, threads: int
-) -> list[dict[str, dict[str, float]]]:
-    """Per round: what each runner took."""
+) -> list[Round]:
+    """Until enough were quiet; the first one, which warms up, is left out."""
     generator = torch.Generator().manual_seed(threads)
     shape = (arguments.requests, arguments.prompt)
-    found = []
-    for number in range(arguments.rounds + 1):
+    found: list[Round] = []
+    for number in range(MOST_ROUNDS * arguments.rounds + 1):
         prompts = torch.randint(2, vocab_size, shape, generator=generator).tolist()
-        took = {}
-        for name in list(runners) if number % 2 else list(runners)[::-1]:
-            done = runners[name](prompts, arguments.output)
-            counts = {len(tokens) for tokens in done["tokens"]}
-            if len(done["tokens"]) != len(prompts) or counts != {arguments.output}:
+        names = list(runners) if number % 2 else list(runners)[::-1]
+        begun_s, busy_s = time.perf_counter(), _busy_s()
+        done = {name: runners[name](prompts, arguments.output) for name in names}
+        foreign_s = _busy_s() - busy_s - sum(each["cpu_s"] for each in done.values())
+        for name, each in done.items():
+            counts = {len(tokens) for tokens in each["tokens"]}
+            if len(each["tokens"]) != len(prompts) or counts != {arguments.output}:
                 raise RuntimeError(f"{name} did not give {arguments.output} tokens per prompt")
-            took[name] = {
-                "tokens_per_s": arguments.requests * arguments.output / done["seconds"],
-                "cores": done["cpu_s"] / done["seconds"],
-            }
-        rates = ", ".join(f"{name} {each['tokens_per_s']:.0f}" for name, each in took.items())
-        note(f"{threads} threads, round {number} of {arguments.rounds}: {rates} tokens/s")
+        tokens = arguments.requests * arguments.output
+        measured = Round(
+            foreign_cores=max(0.0, foreign_s) / (time.perf_counter() - begun_s),
+            tokens_per_s={name: tokens / each["seconds"] for name, each in done.items()},
+            cores={name: each["cpu_s"] / each["seconds"] for name, each in done.items()},
+        )
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in measured.tokens_per_s.items())
+        note(
+            f"{threads} threads, round {number}: {rates} tokens/s, "
+            f"foreign load {measured.foreign_cores:.2f} cores"
+        )
         if number:
-            found.append(took)
+            found.append(measured)
+        if sum(each.quiet for each in found) == arguments.rounds:
+            break
     return found
+
+
+def _busy_s() -> float:
+    times = psutil.cpu_times()
+    return float(times.user + times.system + times.nice)
 
 
 @contextmanager
@@ -142,137 +173,32 @@ def _ours(arguments: argparse.Namespace, threads: int) -> Iterator[tuple[Path, i
         return complete(executor, record, prompts, output, arguments.chunk)
 
     try:
-        yield directory, model.vocab_size, _timed(run)
+        yield directory, model.vocab_size, timed(run)
     finally:
         executor.close()
         link.close()
 
 
-def _load_peer(directory: Path) -> PreTrainedModel:
-    peer: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, local_files_only=True
-    )
-    peer.generation_config.eos_token_id = None
-    peer.generation_config.pad_token_id = 0
-    return peer.eval()
-
-
-def _generate(peer: PreTrainedModel, prompts: Prompts, output: int) -> list[list[int]]:
-    ids = torch.tensor(prompts)
-    with torch.inference_mode():
-        found = peer.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=output, do_sample=False
-        )
-    tokens: list[list[int]] = found[:, ids.shape[1] :].tolist()
-    return tokens
-
-
-def _generate_batch(
-    peer: PreTrainedModel, prompts: Prompts, output: int, arguments: argparse.Namespace
-) -> list[list[int]]:
-    """Its manager lives on, so that only the first call builds it."""
-    found = peer.generate_batch(
-        prompts,
-        generation_config=GenerationConfig(
-            max_new_tokens=output, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        continuous_batching_config=ContinuousBatchingConfig(
-            num_blocks=2 * arguments.requests * -(-(arguments.prompt + output) // 256),
-            max_batch_tokens=arguments.chunk + arguments.requests,
-            allow_block_sharing=False,
-        ),
-        persistent_manager=True,
-    )
-    return [each.generated_tokens for each in found.values()]
-
-
-def _timed(run: Callable[[Prompts, int], list[list[int]]]) -> Runner:
-    def timed(prompts: Prompts, output: int) -> dict[str, Any]:
-        begun_s, used_s = time.perf_counter(), time.process_time()
-        tokens = run(prompts, output)
-        return {
-            "seconds": time.perf_counter() - begun_s,
-            "cpu_s": time.process_time() - used_s,
-            "tokens": tokens,
-        }
-
-    return timed
-
-
-@contextmanager
-def _vllm(
-    arguments: argparse.Namespace, directory: Path, threads: int
-) -> Iterator[tuple[str, Runner | None]]:
-    """vLLM's version and runner, or why there is none."""
-    if arguments.vllm is None:
-        yield "not measured: no --vllm PYTHON was given", None
-        return
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    worker = subprocess.Popen(
-        [
-            str(arguments.vllm),
-            str(ROOT / "benchmarks" / "vllm_worker.py"),
-            str(directory),
-            str(arguments.prompt + arguments.output),
-            str(arguments.requests),
-        ],
-        env=os.environ
-        | {
-            "OMP_NUM_THREADS": str(threads),
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "HF_HUB_OFFLINE": "1",
-        },
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    stdin, stdout = worker.stdin, worker.stdout
-
-    def answer() -> dict[str, Any]:
-        if not (line := stdout.readline()):
-            raise RuntimeError(f"vLLM ended with exit code {worker.wait()}; see its stderr")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def run(prompts: Prompts, output: int) -> dict[str, Any]:
-        print(json.dumps({"prompts": prompts, "output": output}), file=stdin, flush=True)
-        return answer()
-
-    try:
-        yield answer()["version"], run
-    finally:
-        stdin.close()
-        try:
-            worker.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
-            raise
-
-
-def _summary(found: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    names = sorted(found[0], key=lambda name: name != OURS)
+def _summary(found: list[Round]) -> dict[str, Any]:
+    """Of the quiet rounds, or of all if no round was quiet."""
+    kept = [each for each in found if each.quiet] or found
+    names = sorted(kept[0].cores, key=lambda name: name != OURS)
     ratios = {
-        name: [took[OURS]["tokens_per_s"] / took[name]["tokens_per_s"] for took in found]
+        name: [each.tokens_per_s[OURS] / each.tokens_per_s[name] for each in kept]
         for name in names
         if name != OURS
     }
     return {
+        "quiet_rounds": sum(each.quiet for each in found),
         "runners": {
             name: {
-                "tokens_per_s": _spread([took[name]["tokens_per_s"] for took in found]),
-                "cores": _spread([took[name]["cores"] for took in found]),
+                "tokens_per_s": _spread([each.tokens_per_s[name] for each in kept]),
+                "cores": _spread([each.cores[name] for each in kept]),
             }
             for name in names
         },
-        "ratios": {
-            name: _spread(each) | {"goal": GOALS[name], "rounds": each}
-            for name, each in ratios.items()
-        },
+        "ratios": {name: _spread(each) | {"goal": GOALS[name]} for name, each in ratios.items()},
+        "rounds": [asdict(each) for each in found],
     }
 
 
@@ -283,6 +209,9 @@ def _spread(values: list[float]) -> dict[str, float]:
 def _lines(section: dict[str, Any]) -> list[str]:
     threads = section["threads"]
     lines = [
+        f"{threads} threads: {section['quiet_rounds']} of {len(section['rounds'])} rounds quiet"
+    ]
+    lines += [
         f"{threads} threads, {name}: {each['tokens_per_s']['median']:.0f} tokens/s "
         f"({each['tokens_per_s']['least']:.0f} to {each['tokens_per_s']['most']:.0f}), "
         f"{each['cores']['median']:.2f} cores"

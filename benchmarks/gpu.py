@@ -27,7 +27,7 @@ from benchmarks.gpu_models import SHAPES, Shape, random_model
 from benchmarks.gpu_peers import accelerate_peer, flexgen_peer
 from benchmarks.gpu_sections import leases, link, parity
 from select_n_core.offload.capture import GraphRuntime
-from select_n_core.offload.executor import model_memory
+from select_n_core.offload.placement import model_memory
 from select_n_core.quantities import parse_bytes_per_s, parse_seconds
 
 MODELS = ("llama-3-8b", "llama-2-13b", "opt-13b")

@@ -19,8 +19,9 @@ from select_n_core.links.open import open_link
 from select_n_core.memory.host import HostMap
 from select_n_core.models.load import LoadedModel
 from select_n_core.offload.capture import GraphRuntime
-from select_n_core.offload.executor import Executor, Placement, StepRow, model_memory
+from select_n_core.offload.executor import Executor
 from select_n_core.offload.graphs import Graphs
+from select_n_core.offload.placement import Placement, StepRow, model_memory
 
 BLOCK_TOKENS = 32
 WARM_UP = 3

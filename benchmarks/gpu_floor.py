@@ -24,7 +24,7 @@ from benchmarks.gpu_models import Shape, random_model
 from select_n_core.kv.pick import AttentionKind
 from select_n_core.links.base import Direction
 from select_n_core.models.load import take_apart
-from select_n_core.offload.executor import model_memory
+from select_n_core.offload.placement import model_memory
 
 _NVIDIA_SMI = (
     "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.gen.current,"

@@ -16,8 +16,9 @@ from select_n_core.decisions.layout import arena_bytes_for
 from select_n_core.links.base import Direction
 from select_n_core.links.cuda import PIECE_BYTES, CudaLink
 from select_n_core.models.load import LoadedModel, take_apart
-from select_n_core.offload.executor import Executor, Placement, StepRow, model_memory
+from select_n_core.offload.executor import Executor
 from select_n_core.offload.graphs import Graphs
+from select_n_core.offload.placement import Placement, StepRow, model_memory
 
 PROMPTS = (17, 1, 33, 64)  # tokens of each
 OUTPUT = 24

@@ -25,7 +25,7 @@ from benchmarks.environment import Provenance, note, publish
 from select_n_core.decisions.latency import StepShape
 from select_n_core.links.emulated import EmulatedLink
 from select_n_core.models.load import LoadedModel
-from select_n_core.offload.executor import StepRow
+from select_n_core.offload.placement import StepRow
 from select_n_core.profiling.measure import Effort
 from select_n_core.record import PerformanceRecord
 

@@ -25,8 +25,9 @@ from select_n_core.memory.available import (
 )
 from select_n_core.memory.shared import SharedMaps, UnitMaps
 from select_n_core.models.load import load_model
-from select_n_core.offload.executor import Executor, Placement
+from select_n_core.offload.executor import Executor
 from select_n_core.offload.graphs import Graphs
+from select_n_core.offload.placement import Placement
 from select_n_core.profiling.fingerprint import weights_key
 from select_n_core.profiling.measure import Progress
 

@@ -26,7 +26,8 @@ from select_n_core.engine.sequence import Sequence, Turn
 from select_n_core.errors import EngineError, SelectNError
 from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.base import Direction
-from select_n_core.offload.executor import Executor, StepRow
+from select_n_core.offload.executor import Executor
+from select_n_core.offload.placement import StepRow
 
 
 @dataclass(slots=True)

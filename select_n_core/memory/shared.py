@@ -261,9 +261,7 @@ class UnitMaps:
     def missing_bytes(self, units: Mapping[int, int]) -> int:
         """Bytes of those units (unit -> bytes) that nobody on this node holds yet."""
         return sum(
-            nbytes
-            for unit, nbytes in units.items()
-            if not self._maps.charged_bytes(self.key(unit))
+            nbytes for unit, nbytes in units.items() if not self._maps.charged_bytes(self.key(unit))
         )
 
     def key(self, unit: int) -> str:

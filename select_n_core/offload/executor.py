@@ -2,92 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from select_n_core.decisions.layout import DeviceLayout, ModelMemory, device_layout
+from select_n_core.decisions.layout import DeviceLayout, device_layout
 from select_n_core.decisions.order import streamed_units
 from select_n_core.errors import DeviceMemoryError, HostMemoryError, InputError
 from select_n_core.kv.attention import Row
 from select_n_core.kv.blocks import BlockTable
-from select_n_core.kv.cache import KVCache, block_bytes
+from select_n_core.kv.cache import KVCache
 from select_n_core.kv.pick import AttentionKind, pick_attention
 from select_n_core.kv.upload import upload
 from select_n_core.links.base import Link
 from select_n_core.memory.arena import Arena
 from select_n_core.models.load import LoadedModel
 from select_n_core.offload.capture import GraphRuntime
-from select_n_core.offload.graphs import DecodeGraphs, DecodeRow, Graphs, graph_runtime
+from select_n_core.offload.graphs import DecodeGraphs, DecodeRow, graph_runtime
 from select_n_core.offload.mirrors import HostMaps, Mirrors, PrivateMaps
+from select_n_core.offload.placement import Placement, StepRow, compute_threads, model_memory
 from select_n_core.offload.streamer import WeightStreamer
 from select_n_core.units import FlatUnit
-
-
-def model_memory(model: LoadedModel, block_tokens: int) -> ModelMemory:
-    """The sizes that layouts and plans are made from."""
-    return ModelMemory(
-        static_bytes=model.static.nbytes,
-        unit_bytes=tuple(unit.nbytes for unit in model.units),
-        kv_block_bytes=block_bytes(model.kv, block_tokens, model.dtype),
-        block_tokens=block_tokens,
-    )
-
-
-def compute_threads(k: int) -> int:
-    """Torch threads on a CPU: one beside a link worker, all cores when nothing is streamed."""
-    return 1 if k else len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a model is to be put.
-
-    Attributes:
-        arena_bytes: the whole device budget for weights, KV and ring, exactly.
-        k: units streamed at first. slots: of the ring.
-        k_min: the least k may become; these units have no home. None is k.
-        k_max: the most k may become, if as many are mirrored. None is k.
-        mirrors: units mirrored at first (m), at least k. None is k.
-        lease_bytes: host bytes that mirrors may take. None is what those at first take.
-        threads: torch threads on a CPU device; None follows `compute_threads`.
-        resident_threads: the same while nothing is streamed; None is `threads`.
-        poison: fill released slots with NaN.
-        attention: the implementation; None picks by device and what is installed.
-        graphs: which decode steps are captured, on a GPU.
-    """
-
-    arena_bytes: int
-    k: int
-    slots: int = 2
-    k_min: int | None = None
-    k_max: int | None = None
-    mirrors: int | None = None
-    lease_bytes: int | None = None
-    block_tokens: int = 32
-    threads: int | None = None
-    resident_threads: int | None = None
-    poison: bool = False
-    attention: AttentionKind | None = None
-    graphs: Graphs = Graphs.OFF
-
-
-@dataclass(frozen=True, slots=True)
-class StepRow:
-    """One request's part of a step: its KV blocks, what is cached, and the new tokens.
-
-    Attributes:
-        logits: whether the logits after its last new token are wanted.
-    """
-
-    blocks: Sequence[int]
-    context: int
-    tokens: Sequence[int]
-    logits: bool = True
 
 
 class Executor:

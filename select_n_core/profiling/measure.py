@@ -16,7 +16,8 @@ from select_n_core.links.base import Direction, Link
 from select_n_core.links.open import open_link
 from select_n_core.memory.host import HostMap
 from select_n_core.models.load import LoadedModel
-from select_n_core.offload.executor import Executor, compute_threads, model_memory
+from select_n_core.offload.executor import Executor
+from select_n_core.offload.placement import compute_threads, model_memory
 from select_n_core.profiling.fit import fit_mode
 from select_n_core.profiling.passes import (
     BLOCK_TOKENS,

@@ -16,7 +16,8 @@ from select_n_core.decisions.latency import StepShape, chunk_pairs
 from select_n_core.decisions.layout import arena_bytes_for
 from select_n_core.links.base import Link
 from select_n_core.models.load import LoadedModel
-from select_n_core.offload.executor import Executor, Placement, StepRow, model_memory
+from select_n_core.offload.executor import Executor
+from select_n_core.offload.placement import Placement, StepRow, model_memory
 
 BLOCK_TOKENS = 32
 _WARM_UP = 2

@@ -11,7 +11,8 @@ from torch import Tensor
 from select_n_core.decisions.layout import arena_bytes_for
 from select_n_core.links.base import Link
 from select_n_core.models.load import LoadedModel
-from select_n_core.offload.executor import Executor, Placement, StepRow, model_memory
+from select_n_core.offload.executor import Executor
+from select_n_core.offload.placement import Placement, StepRow, model_memory
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,8 @@ from select_n_core.engine.scheduler import Limits, Scheduler, Turning
 from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.emulated import EmulatedLink
 from select_n_core.models.load import take_apart
-from select_n_core.offload.executor import Executor, Placement, model_memory
+from select_n_core.offload.executor import Executor
+from select_n_core.offload.placement import Placement, model_memory
 from select_n_core.slo import SLO
 
 BLOCKS, BLOCK_TOKENS = 24, 16

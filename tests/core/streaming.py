@@ -20,7 +20,8 @@ from torch import Tensor
 from select_n_core.decisions.order import offload_order, streamed_units
 from select_n_core.links.base import Copy, Direction, Link
 from select_n_core.models.load import LoadedModel, take_apart
-from select_n_core.offload.executor import Executor, StepRow
+from select_n_core.offload.executor import Executor
+from select_n_core.offload.placement import StepRow
 from select_n_core.offload.streamer import WEIGHTS
 
 LAYERS = 5

@@ -16,7 +16,8 @@ from select_n_core.decisions.layout import arena_bytes_for
 from select_n_core.errors import DeviceMemoryError, HostMemoryError, InputError, LinkError
 from select_n_core.links.emulated import EmulatedLink
 from select_n_core.models.load import load_model, take_apart
-from select_n_core.offload.executor import Executor, Placement, StepRow, model_memory
+from select_n_core.offload.executor import Executor
+from select_n_core.offload.placement import Placement, StepRow, model_memory
 
 torch.set_num_threads(1)
 

@@ -15,8 +15,9 @@ from select_n_core.errors import StreamingError
 from select_n_core.kv.pick import AttentionKind
 from select_n_core.links.emulated import EmulatedLink
 from select_n_core.models.load import take_apart
-from select_n_core.offload.executor import Executor, Placement, StepRow, model_memory
+from select_n_core.offload.executor import Executor
 from select_n_core.offload.graphs import Graphs, graph_runtime, padded_rows
+from select_n_core.offload.placement import Placement, StepRow, model_memory
 
 torch.set_num_threads(1)
 

@@ -183,7 +183,8 @@ def measure(directory: Path, dtype: DType, units: UnitKind, k: int) -> Taken:
     from select_n_core.decisions.layout import arena_bytes_for
     from select_n_core.links.emulated import EmulatedLink
     from select_n_core.models.load import load_model
-    from select_n_core.offload.executor import Executor, Placement, model_memory
+    from select_n_core.offload.executor import Executor
+    from select_n_core.offload.placement import Placement, model_memory
 
     torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from select_n_core.engine.planning import prepare, record_for, record_path
 from select_n_core.errors import InfeasibleError, InputError
 from select_n_core.models.cache import CACHE_VARIABLE
 from select_n_core.models.load import load_model, take_apart
-from select_n_core.offload.executor import model_memory
+from select_n_core.offload.placement import model_memory
 from select_n_core.profiling.fingerprint import fingerprint
 from select_n_core.profiling.measure import Effort, measure_record
 from select_n_core.profiling.passes import Pass, Shape, Sweep, undisturbed

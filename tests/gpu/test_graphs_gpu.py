@@ -21,8 +21,9 @@ from select_n_core.links.cuda import CudaLink
 from select_n_core.memory.host import HostMap
 from select_n_core.models.load import take_apart
 from select_n_core.models.seam import AttentionTraits, LayerKV
-from select_n_core.offload.executor import Executor, Placement, StepRow, model_memory
+from select_n_core.offload.executor import Executor
 from select_n_core.offload.graphs import Graphs
+from select_n_core.offload.placement import Placement, StepRow, model_memory
 
 pytestmark = [
     pytest.mark.gpu,
