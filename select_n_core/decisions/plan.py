@@ -108,8 +108,13 @@ def make_plan(inputs: PlanInputs) -> Plan:
 
 
 def capacity_tokens(plan: Plan, inputs: PlanInputs) -> int:
-    """The most prompt plus output tokens that one request may have under `plan`."""
-    return min(inputs.max_context, plan.kv_tokens)
+    """The most prompt plus output tokens that one request may have under `plan`.
+
+    k rises for a request that needs more KV, as far as mirrors and SLO allow.
+    """
+    most = plan.mirrors if plan.k_max > plan.k_min else plan.k
+    within_reach = [c.kv_tokens for c in plan.candidates[plan.k : most + 1] if c.feasible]
+    return min(inputs.max_context, max([plan.kv_tokens, *within_reach]))
 
 
 def _range(candidates: tuple[Candidate, ...]) -> tuple[int | None, int | None]:

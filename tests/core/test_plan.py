@@ -147,10 +147,14 @@ class TestDemo:
         assert by_rate == sorted(by_rate)
         assert by_rate[0] < by_rate[-1] == make_plan(demo()).k
 
-    def test_one_request_may_take_all_kv_but_not_more_than_the_model_was_made_for(self):
+    def test_one_request_may_take_all_kv_that_k_can_free_but_not_more_than_the_model_holds(self):
         inputs = demo()
         plan = make_plan(inputs)
-        assert capacity_tokens(plan, inputs) == plan.kv_tokens
+        most = plan.candidates[plan.mirrors]
+        assert most.feasible
+        assert capacity_tokens(plan, inputs) == most.kv_tokens > plan.kv_tokens
+        fixed = make_plan(demo(forced_k=plan.k))
+        assert capacity_tokens(fixed, inputs) == fixed.kv_tokens
         assert capacity_tokens(plan, replace(inputs, max_context=300)) == 300
 
 
