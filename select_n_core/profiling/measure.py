@@ -41,7 +41,7 @@ from select_n_core.record import (
 
 _SLOTS = 2
 _WARM_UP = 2
-_MOST_SWEEPS = 3  # times those asked for, until enough are undisturbed
+_MOST_SWEEPS = 2  # times those asked for, until enough are undisturbed
 
 Progress = Callable[[str, float], None]  # what is measured now, share done
 
