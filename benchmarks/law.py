@@ -1,6 +1,7 @@
 """The iteration-time law, predicted and measured: every k, every ring size, two links.
 
     python -m benchmarks.law --json
+    python -m benchmarks.law --again --json         (predict anew what the last run measured)
     python -m benchmarks.law --executor --json      (see benchmarks/balance.py)
 
 Predicted is the recurrence on a record made before the run; nothing is fitted to the run. The
@@ -13,6 +14,7 @@ shared machine neighbours only ever add time. The median stands beside it.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 
 from benchmarks.balance import executor_document, executor_lines
 from benchmarks.decoding import DEMO, load, place, record_here
-from benchmarks.environment import Provenance, note, publish
+from benchmarks.environment import RESULTS, Provenance, note, publish
 from select_n_core.decisions.latency import StepShape
 from select_n_core.links.emulated import EmulatedLink
 from select_n_core.models.load import LoadedModel
@@ -39,6 +41,7 @@ SHAPE = StepShape(decode_rows=BATCH, context_tokens=BATCH * CONTEXT)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default=DEMO)
+    parser.add_argument("--again", action="store_true", help="the last run's records and times")
     parser.add_argument("--executor", action="store_true", help="against max(L*c + g, k*t)")
     parser.add_argument("--links", type=float, nargs="+", help="bytes/s")
     parser.add_argument("--records", type=int, default=3, help="made for each link, alternately")
@@ -49,6 +52,8 @@ def main() -> None:
 
     if arguments.executor:
         _executor(arguments)
+    elif arguments.again:
+        _again(arguments)
     else:
         _law(arguments)
 
@@ -61,6 +66,24 @@ def _executor(arguments: argparse.Namespace) -> None:
     )
     lines = executor_lines(document["summary"])
     publish("executor", document, as_json=arguments.json, lines=lines)
+
+
+def _again(arguments: argparse.Namespace) -> None:
+    """The same records and the same measured times under the law as it is now."""
+    document = json.loads((RESULTS / "law.json").read_text(encoding="utf-8"))
+    records = {
+        record.link_bytes_per_s: record
+        for record in map(PerformanceRecord.model_validate, document["records"])
+    }
+    for point in document["points"]:
+        record = records[point["link_bytes_per_s"]]
+        predicted_s = record.latency_model().iteration_s(SHAPE, point["k"], point["d"])
+        point["predicted_iteration_s"] = predicted_s
+        point["ratio"] = point["measured_iteration_s"] / predicted_s
+    unit_bytes = max(nbytes for record in records.values() for nbytes in record.unit_bytes)
+    document["summary"] = _summary(document["points"], unit_bytes)
+    document["predicted_again"] = Provenance().document()
+    publish("law", document, as_json=arguments.json, lines=_lines(document["summary"]))
 
 
 def _law(arguments: argparse.Namespace) -> None:

@@ -95,7 +95,7 @@ class ComputeModel:
         """The unit cost that the law takes, for this step.
 
         Args:
-            link_busy: share of the iteration in which copies run, 0 to 1.
+            link_busy: share of the compute beside which copies run, 0 to 1.
         """
         slowed_s = self.unit_s(shape) * (1 + self.copy_slowdown * link_busy)
         home_s = round(slowed_s / _RESOLUTION_S) * _RESOLUTION_S
@@ -155,9 +155,18 @@ class LatencyModel:
     ) -> float:
         outside_s = round(compute.outside(rows) / _RESOLUTION_S) * _RESOLUTION_S
         alone_s = self.units * compute.unit_s(shape) + outside_s
-        cost = compute.cost(shape, link_busy=min(1.0, self.copies_s(k) / alone_s))
-        transfer_s = tuple(self.transfer_s * share for share in self.unit_shares)
-        return iteration_s(self.units, k, slots, cost, outside_s, transfer_s or self.transfer_s)
+        transfers_s = tuple(self.transfer_s * share for share in self.unit_shares)
+
+        def took_s(link_busy: float) -> float:
+            cost = compute.cost(shape, link_busy)
+            transfer_s = transfers_s or self.transfer_s
+            return iteration_s(self.units, k, slots, cost, outside_s, transfer_s)
+
+        if not k or not compute.copy_slowdown:
+            return took_s(0.0)
+        # Copies slow compute while both run, not while compute waits for them.
+        stalled_s = max(0.0, took_s(0.0) - alone_s)
+        return took_s(min(1.0, max(0.0, self.copies_s(k) - stalled_s) / alone_s))
 
     def free_tokens(self, shape: StepShape, k: int, slots: int, limit: int) -> int:
         """Prompt tokens that can join the step at no cost in time, up to `limit` (B*).

@@ -145,3 +145,21 @@ def test_tokens_are_free_while_copies_outlast_compute_and_never_without_copies()
 
 def test_compute_that_hides_the_copies_leaves_no_token_free():
     assert model(transfer_s=1e-5).free_tokens(StepShape(8, 800), 20, 2, 256) == 0
+
+
+def test_copies_slow_compute_only_while_both_run():
+    def model(copy_slowdown: float) -> LatencyModel:
+        compute = ComputeModel(((1, 0.01),), 0.0, 0.0, 0.02, 0.0, copy_slowdown=copy_slowdown)
+        return LatencyModel(8, 0.03, compute)
+
+    shape = StepShape(1)
+    plain, slowed = model(0.0), model(0.5)
+    # One slot and every unit streamed: units wait for each copy, only g runs beside one.
+    assert slowed.iteration_s(shape, 8, 1) == pytest.approx(
+        plain.iteration_s(shape, 8, 1), rel=0.03
+    )
+    # Copies end before the compute does: they slow the share that they last.
+    alone_s = plain.iteration_s(shape, 0, 2)
+    assert slowed.iteration_s(shape, 1, 2) == pytest.approx(alone_s + 0.5 * 0.08 * 0.03 / alone_s)
+    # Copies make the iteration: all compute is hidden beside them, however slow.
+    assert slowed.iteration_s(shape, 8, 3) == pytest.approx(8 * 0.03)
