@@ -72,7 +72,7 @@ def _again(arguments: argparse.Namespace) -> None:
     """The same records and the same measured times under the law as it is now."""
     document = json.loads((RESULTS / "law.json").read_text(encoding="utf-8"))
     records = {
-        record.link_bytes_per_s: record
+        record.fingerprint.link_bytes_per_s: record
         for record in map(PerformanceRecord.model_validate, document["records"])
     }
     for point in document["points"]:
