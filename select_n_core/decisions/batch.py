@@ -16,7 +16,7 @@ class Batch:
         shape: the decoding rows of a step.
         needy: those that decode and have no room for one more token.
         prompt_tokens: left in all.
-        slack_s: of the decoding one that is due first. on_time_s: the same of those not yet late.
+        slack_s: of the decoding one that is due first.
         growth: blocks until everyone's expected end.
         later_shape: of a step in which all decode.
         lowest_rank: of anyone's class, lifted by the time it waited.
@@ -28,7 +28,6 @@ class Batch:
         "later_shape",
         "lowest_rank",
         "needy",
-        "on_time_s",
         "prompt_tokens",
         "prompts",
         "requests",
@@ -42,7 +41,7 @@ class Batch:
         prompts: list[RequestFacts] = []
         needy: list[RequestFacts] = []
         context = later = left = growth = 0
-        slack_s = on_time_s = float("inf")
+        slack_s = float("inf")
         lowest = 1 << 62
         for request in requests:
             _, known, prompt, due_s, blocks, expected, _, _, rank, waited_s, _ = request
@@ -56,8 +55,6 @@ class Batch:
                     needy.append(request)
                 if due_s < slack_s:
                     slack_s = due_s
-                if 0 <= due_s < on_time_s:
-                    on_time_s = due_s
                 prompt = 1
             known += prompt
             later += known
@@ -69,6 +66,6 @@ class Batch:
         self.requests = list(requests)
         self.decoding, self.prompts, self.needy = decoding, prompts, needy
         self.prompt_tokens, self.growth, self.lowest_rank = left, growth, lowest
-        self.slack_s, self.on_time_s = slack_s, on_time_s
+        self.slack_s = slack_s
         self.shape = StepShape(len(decoding), context)
         self.later_shape = StepShape(len(self.requests), later)

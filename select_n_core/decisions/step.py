@@ -3,8 +3,8 @@
 Decoding requests come first: each gets its token, and the KV block it needs, if need be from the
 last in service order. Prompt tokens fill what is left of the step's budget: the most tokens that
 keep every decoding request's TPOT within the slack it has earned. Tokens that the copies hide
-anyway are free and always taken. On a predicted miss there are fewer prompt tokens first, then a
-unit comes home, then the last in service order gives its place back.
+anyway are free and always taken. Where a TPOT would be missed, a unit comes home; where that does
+not help, the last in service order gives its place back.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def _can_go_on(request: RequestFacts, free_blocks: int, block_tokens: int) -> bo
 
 
 def _misses(state: StepState, batch: Batch, pace: Pace) -> bool:
-    """Whether a request that is in time will be late after the least step there can be."""
+    """Whether somebody's TPOT is predicted to be missed, not only one token late.
+
+    While steps are faster than promised, one that is late catches up: no reason to give KV away.
+    """
     if not batch.decoding:
         return False
-    least = min(state.least_chunk, batch.prompt_tokens)
-    if pace.step_s(batch.shape.with_chunk(0, least) if least else batch.shape) > batch.on_time_s:
-        return True
-    # One that is late already catches up by itself, unless steps take longer than promised.
-    return batch.slack_s < 0 and pace.step_s(batch.shape) > state.tpot_s
+    took_s = pace.step_s(batch.shape)
+    return took_s > state.tpot_s and batch.slack_s < took_s
 
 
 def _may_promote(state: StepState, batch: Batch, pace: Pace, model: LatencyModel) -> bool:
