@@ -3,8 +3,9 @@
     python -m benchmarks.interval --json
 
 `extra_bytes` are those that the link carried beyond what the iterations computed from: each needs
-the units that are streamed after or before its turn of k. `stall_s` is compute time lost waiting,
-beyond that of the same k standing still in the same run.
+the units that are streamed after or before its turn of k. `stall_s` is all compute time lost
+waiting. What a turn adds is its iteration's time beyond that of the two ks it lies between, each
+standing still in the same run: a stall alone would count compute that was faster as lost time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SLOTS = 2
 BATCH = 8
 BY_ONE = [4, *range(5, 21), *range(19, 1, -1)]
 BY_JUMPS = [4, 20, 20, 2, 2, 20, 4, 12, 12, 2]
-STILL = 4  # iterations at each k that stands still
+STILL = 8  # iterations at each k that stands still
 SENT = (Direction.TO_DEVICE, WEIGHTS)
 
 
@@ -51,8 +52,12 @@ def main() -> None:
     batch.close()
     link.close()
     steps = [step for part in rounds for step in part["steps"]]
-    by_one = [step for part in rounds if part["path"] == "by one" for step in part["steps"][1:]]
-    added_s = [max(0.0, step["stall_s"] - _expected_stall_s(step, still)) for step in by_one]
+    added_s = [
+        max(0.0, step["iteration_s"] - _slower_still_s(still, before["k"], step["k"]))
+        for part in rounds
+        if part["path"] == "by one"
+        for before, step in pairwise(part["steps"])
+    ]
     document = {
         "model": arguments.source,
         "batch": BATCH,
@@ -61,9 +66,9 @@ def main() -> None:
         "unit_transfer_s": unit_bytes / arguments.link,
         "extra_bytes": sum(part["extra_bytes"] for part in rounds),
         "iterations": len(steps),
-        "stall_s": sum(added_s),
-        "turns_by_one": len(by_one),
-        "added_stall_s": {"p50": statistics.median(added_s), "max": max(added_s)},
+        "stall_s": sum(step["stall_s"] for step in steps),
+        "turns_by_one": len(added_s),
+        "added_s": {"p50": statistics.median(added_s), "max": max(added_s)},
         "rounds": [{k: v for k, v in part.items() if k != "steps"} for part in rounds],
         "still": [{"k": k, **facts} for k, facts in still.items()],
         "steps": steps,
@@ -113,18 +118,17 @@ def _turning(batch: MovingBatch, path: str, ks: list[int]) -> dict[str, Any]:
     }
 
 
-def _expected_stall_s(step: dict[str, Any], still: dict[int, dict[str, float]]) -> float:
-    """Of the k before the turn and the k after it, the one that stalls more while it stands."""
-    near = [still[k]["stall_s"] for k in (step["k"] - 1, step["k"], step["k"] + 1) if k in still]
-    return max(near)
+def _slower_still_s(still: dict[int, dict[str, float]], *ks: int) -> float:
+    """Seconds of an iteration at the slowest of these ks, standing still."""
+    return max(still[k]["iteration_s"] for k in ks)
 
 
 def _lines(document: dict[str, Any]) -> list[str]:
-    added = document["added_stall_s"]
+    added = document["added_s"]
     return [
         f"{document['iterations']} iterations, k from 4 to 20 to 2: {document['extra_bytes']} "
         "bytes more than they computed from",
-        f"turning k by one ({document['turns_by_one']} turns): added stall median "
+        f"turning k by one ({document['turns_by_one']} turns): added median "
         f"{added['p50'] * 1e3:.2f} ms, at most {added['max'] * 1e3:.2f} ms; one unit's transfer is "
         f"{document['unit_transfer_s'] * 1e3:.2f} ms",
     ]
