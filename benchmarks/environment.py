@@ -76,7 +76,8 @@ def _version(name: str) -> str | None:
 def _arguments() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     head = ["-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
-    return [*head, *sys.argv[1:]]
+    # Where a peer's interpreter lies is nobody's business.
+    return [*head, *(Path(each).name if each.startswith("/") else each for each in sys.argv[1:])]
 
 
 def _cpu_seconds() -> float:
