@@ -1,11 +1,10 @@
 """The iteration-time law: how long one iteration takes when k of L units are streamed.
 
-The ground truth is a max-plus recurrence over the streamed units (`iteration_s`); the closed
-form (`law_s`) explains it and bounds it from below. Planner, simulator, benchmarks and tests
-all use the recurrence.
-
-Symbols: L units of compute c each, g per iteration outside the units, k streamed units of
-transfer time t each, d slots in the staging ring, N = L / k.
+It is a max-plus recurrence over the streamed units; planner, benchmarks and tests all use it.
+What it comes to is T = max(L*c + g, k*t, k*(t + c)/d), which bounds it from below: L units of
+compute c each, g per iteration outside the units, k streamed units of transfer time t each,
+d slots in the staging ring. Above that it lies near balance only (k*t = L*c + g), where the
+order pi leaves few gaps that d copies ahead do not fill.
 """
 
 from __future__ import annotations
@@ -114,26 +113,3 @@ def _steady_state(
                 break
     # Slots filled during a cold first stall are spent over many iterations that look steady.
     return max((ends_s[-1] - ends_s[-1 - _PERIOD]) / _PERIOD, copies_s)
-
-
-def law_s(
-    units: int, k: int, slots: int, unit_compute_s: float, outside_s: float, transfer_s: float
-) -> float:
-    """Closed form for a uniform cost c: exact for even spacing (k divides L, k > d), else a bound.
-
-    T = max(L*c + g, k*t, k*(t + c)/d, (k - d)*t + (N + 1)*c + g); for one slot the last term
-    reads (k - 1)*(t + c) + N*c + g. With k <= d every copy of an iteration has its own slot and
-    the last term falls away. For pi's other prefixes it is a lower bound.
-    """
-    compute_s = units * unit_compute_s + outside_s
-    if k == 0:
-        return compute_s
-    copies_s = max(k * transfer_s, k * (transfer_s + unit_compute_s) / slots)
-    if k <= slots:
-        return max(compute_s, copies_s)
-    per_group_s = units / k * unit_compute_s
-    if slots == 1:
-        last_s = (k - 1) * (transfer_s + unit_compute_s) + per_group_s + outside_s
-    else:
-        last_s = (k - slots) * transfer_s + per_group_s + unit_compute_s + outside_s
-    return max(compute_s, copies_s, last_s)

@@ -1,13 +1,13 @@
-"""The iteration-time law against its closed form and against an event simulation."""
+"""The iteration-time law against its bounds and against an event simulation."""
 
 import heapq
 from itertools import count, cycle
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from select_n_core.decisions.law import UnitCost, iteration_s, law_s
+from select_n_core.decisions.law import UnitCost, iteration_s
 from select_n_core.decisions.order import streamed_units
 
 SECONDS = st.floats(0.01, 10)
@@ -109,26 +109,14 @@ def test_it_sees_the_same_when_streamed_units_compute_slower(
     assert iteration_s(*shape, cost, outside_s, transfer_s) == pytest.approx(seen_s, rel=1e-3)
 
 
-@given(st.integers(1, 6), st.data(), SECONDS, OUTSIDE, SECONDS)
-def test_the_closed_form_is_exact_for_even_spacing(power, data, compute_s, outside_s, transfer_s):
-    units = 1 << power
-    k = 1 << data.draw(st.integers(0, power))
-    slots = data.draw(st.integers(1, 4))
-    assume(k > slots or k == slots == 1)
-    times = (compute_s, outside_s, transfer_s)
-    assert iteration_s(units, k, slots, *times) == pytest.approx(
-        law_s(units, k, slots, *times), rel=1e-7
-    )
-
-
-@given(streaming(most_units=80), SECONDS, OUTSIDE, SECONDS)
-def test_the_closed_form_is_never_above_the_recurrence(shape, compute_s, outside_s, transfer_s):
-    times = (compute_s, outside_s, transfer_s)
-    assert law_s(*shape, *times) <= iteration_s(*shape, *times) * (1 + 1e-7)
-
-
-def test_one_quick_copy_costs_nothing_even_though_the_last_term_would_charge_it():
-    assert law_s(4, 1, 2, 1.0, 0.0, 0.1) == iteration_s(4, 1, 2, 1.0, 0.0, 0.1) == 4.0
+@pytest.mark.parametrize(("slots", "most"), [(2, 1.11), (3, 1.04), (4, 1.01)])
+@given(st.integers(8, 80), st.floats(0.02, 0.15), st.data(), st.floats(0.5, 2))
+def test_near_balance_few_slots_cost_little_whatever_lies_outside_the_units(
+    slots, most, units, outside, data, copies
+):
+    k = data.draw(st.integers(1, units // 2))
+    took_s = iteration_s(units, k, slots, (1 - outside) / units, outside, copies / k)
+    assert took_s <= most * max(1.0, copies)
 
 
 @given(streaming(), SECONDS, OUTSIDE, SECONDS)
@@ -136,16 +124,16 @@ def test_nothing_streamed_is_compute_alone(shape, compute_s, outside_s, transfer
     units, _, slots = shape
     alone_s = units * compute_s + outside_s
     assert iteration_s(units, 0, slots, compute_s, outside_s, transfer_s) == alone_s
-    assert law_s(units, 0, slots, compute_s, outside_s, transfer_s) == alone_s
 
 
 @given(streaming(least_k=1), SECONDS, OUTSIDE, SECONDS)
 def test_an_iteration_takes_at_least_its_compute_and_its_copies(
     shape, compute_s, outside_s, transfer_s
 ):
-    units, k, _ = shape
+    units, k, slots = shape
     took_s = iteration_s(*shape, compute_s, outside_s, transfer_s)
-    assert took_s >= max(units * compute_s + outside_s, k * transfer_s) * (1 - 1e-7)
+    in_turn_s = k * (transfer_s + compute_s) / slots  # a slot is copied to and computed from
+    assert took_s >= max(units * compute_s + outside_s, k * transfer_s, in_turn_s) * (1 - 1e-7)
 
 
 @given(streaming(), st.tuples(SECONDS, OUTSIDE, SECONDS), st.integers(0, 2), st.floats(1, 3))
