@@ -6,6 +6,7 @@ model. A record is refused where its fingerprint does not match, with the differ
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ from pydantic import (
     field_validator,
 )
 
-from select_n_core.decisions.latency import ComputeModel, LatencyModel
+from select_n_core.decisions.latency import ComputeModel, LatencyModel, StepShape
 from select_n_core.decisions.layout import ModelMemory
 from select_n_core.errors import InputError, RecordMismatchError
 
@@ -56,38 +57,89 @@ class Fingerprint(_Frozen):
 
 
 class TransferSample(_Frozen):
-    """Times of one unit's copy, alone on the link.
+    """Times of copies of one size in one direction.
 
     Attributes:
-        seconds: every repeat.
+        seconds: every repeat, alone on an idle machine.
+        beside_compute_s: the same copies while units compute; empty where that was not measured.
     """
 
     direction: Literal["h2d", "d2h"]
     nbytes: PositiveInt
-    seconds: tuple[PositiveFloat, ...]
+    seconds: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    beside_compute_s: tuple[PositiveFloat, ...] = ()
+
+    @property
+    def alone_s(self) -> float:
+        """Median copy of an idle machine."""
+        return statistics.median(self.seconds)
+
+    @property
+    def compute_slowdown(self) -> float:
+        """Share by which compute lengthens a copy."""
+        if not self.beside_compute_s:
+            return 0.0
+        return max(0.0, statistics.median(self.beside_compute_s) / self.alone_s - 1)
 
 
-class ComputeSample(_Frozen):
-    """One shape's times.
-
-    Attributes:
-        decode_rows, context_tokens, prefill_tokens, prefill_pairs: see `StepShape`.
-        rows: rows of logits.
-        unit_s: seconds per unit at home, lower quartile of the repeats.
-        outside_s: g, lower quartile of the repeats.
-        variation: coefficient of variation of the whole pass over the repeats.
-        repeats: passes measured.
-    """
-
+class _ShapeSample(_Frozen):
     decode_rows: NonNegativeInt
     context_tokens: NonNegativeInt
     prefill_tokens: NonNegativeInt
     prefill_pairs: NonNegativeInt
+    chunks: NonNegativeInt = 0
     rows: PositiveInt
+
+    def shape(self) -> StepShape:
+        """What was computed."""
+        return StepShape(
+            decode_rows=self.decode_rows,
+            context_tokens=self.context_tokens,
+            prefill_tokens=self.prefill_tokens,
+            prefill_pairs=self.prefill_pairs,
+            chunks=self.chunks,
+        )
+
+
+class ComputeSample(_ShapeSample):
+    """One shape's times.
+
+    Attributes:
+        decode_rows, context_tokens, prefill_tokens, prefill_pairs, chunks: see `StepShape`.
+        rows: rows of logits.
+        unit_s: seconds per unit at home, median of the repeats.
+        outside_s: g, median of the repeats.
+        variation: coefficient of variation of the whole pass over the repeats.
+        repeats: passes measured.
+    """
+
     unit_s: PositiveFloat
     outside_s: NonNegativeFloat
     variation: NonNegativeFloat
     repeats: PositiveInt
+
+
+class HeldOutSample(_ShapeSample):
+    """A shape that the fit never saw, measured with `k` units streamed, and its prediction.
+
+    Attributes:
+        decode_rows, context_tokens, prefill_tokens, prefill_pairs, chunks: see `StepShape`.
+        rows: rows of logits.
+        seconds: of every repeat, a whole step.
+        predicted_s: by the fitted model.
+        noise: split-half: by how much medians of two halves of the repeats differ.
+    """
+
+    k: NonNegativeInt
+    slots: PositiveInt
+    seconds: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
+    predicted_s: PositiveFloat
+    noise: NonNegativeFloat
+
+    @property
+    def error(self) -> float:
+        """Of the prediction against the median."""
+        return abs(self.predicted_s / statistics.median(self.seconds) - 1)
 
 
 class ColdSample(_Frozen):
@@ -121,6 +173,7 @@ class ModeRecord(_Frozen):
     per_pair_s: NonNegativeFloat
     outside_s: NonNegativeFloat
     outside_per_row_s: NonNegativeFloat
+    per_part_s: NonNegativeFloat = 0.0
     fit_error: NonNegativeFloat
     noise: NonNegativeFloat = 0.0
 
@@ -145,6 +198,7 @@ class ModeRecord(_Frozen):
             stalled_extra_s=cold.stalled_extra_s,
             stall_s=cold.stall_s,
             copy_slowdown=cold.copy_slowdown,
+            per_part_s=self.per_part_s,
         )
 
 
@@ -155,11 +209,14 @@ class PerformanceRecord(_Frozen):
         static_bytes, unit_bytes: device and mirror sizes.
         kv_bytes_per_token: all layers, K and V.
         max_context: positions the model was made for.
-        transfer_s: t, median copy of the largest unit to the device.
+        transfers: of every size of unit, both directions.
+        transfer_s: t, median copy of the largest unit to the device, alone.
+        held_out: shapes kept from the fit, to judge it; none after a brief measurement.
+        held_out_p95: of their errors. held_out_noise: P95 of their split-half noise.
         seconds: what measuring took.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     fingerprint: Fingerprint
     static_bytes: NonNegativeInt
     unit_bytes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -169,6 +226,9 @@ class PerformanceRecord(_Frozen):
     transfer_s: PositiveFloat
     streaming: ModeRecord
     resident: ModeRecord | None
+    held_out: tuple[HeldOutSample, ...] = ()
+    held_out_p95: NonNegativeFloat | None = None
+    held_out_noise: NonNegativeFloat | None = None
     seconds: PositiveFloat
 
     @property
@@ -177,20 +237,32 @@ class PerformanceRecord(_Frozen):
         return max(self.unit_bytes) / self.transfer_s
 
     def latency_model(self) -> LatencyModel:
-        """The latency model fitted to the samples."""
+        """The latency model fitted to the samples; its copies run beside compute."""
+        largest = self._to_device(max(self.unit_bytes))
+        slowdown = 0.0 if largest is None else largest.compute_slowdown
         return LatencyModel(
             units=len(self.unit_bytes),
-            transfer_s=self.transfer_s,
+            transfer_s=self.transfer_s * (1 + slowdown),
             streaming=self.streaming.compute_model(),
             resident=None if self.resident is None else self.resident.compute_model(),
             unit_shares=self._unit_shares(),
         )
 
+    def _to_device(self, nbytes: int) -> TransferSample | None:
+        copies = (each for each in self.transfers if each.direction == "h2d")
+        return next((each for each in copies if each.nbytes == nbytes), None)
+
     def _unit_shares(self) -> tuple[float, ...]:
+        """Time of every unit against the largest: as measured, else by bytes."""
         largest = max(self.unit_bytes)
         if min(self.unit_bytes) == largest:
             return ()
-        return tuple(nbytes / largest for nbytes in self.unit_bytes)
+        measured = {nbytes: self._to_device(nbytes) for nbytes in set(self.unit_bytes)}
+        shares = {
+            nbytes: nbytes / largest if sample is None else sample.alone_s / self.transfer_s
+            for nbytes, sample in measured.items()
+        }
+        return tuple(min(1.0, shares[nbytes]) for nbytes in self.unit_bytes)
 
     def memory(self, block_tokens: int) -> ModelMemory:
         """The sizes that layouts are made from."""

@@ -45,12 +45,15 @@ def profile_command(
     link: LinkOption = "emulated:1GB/s",
     dtype: DTypeOption = "bfloat16",
     units: UnitsOption = "layer",
+    brief: Annotated[
+        bool, typer.Option("--brief", help="A fifth of the effort, and no verdict on the fit.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on this machine and write its performance record."""
     from deployments.cli.offline import profile, profile_lines
 
-    summary = profile(source, link, dtype, units, output)
+    summary = profile(source, link, dtype, units, output, brief=brief)
     emit(summary, profile_lines(summary), as_json=as_json)
 
 
@@ -84,7 +87,8 @@ def plan_command(
     slots: Annotated[int, typer.Option(help="Slots of the staging ring (d).")] = 2,
     interval: Annotated[str, typer.Option(help="auto, off or a fixed N.")] = "auto",
     plot: Annotated[
-        Path | None, typer.Option(help="Draw iteration time against N into this file.")
+        Path | None,
+        typer.Option(help="Draw TPOT, host memory, KV and goodput against N into this file."),
     ] = None,
     measured: Annotated[
         Path | None, typer.Option(help="Points for the plot, as benchmarks.law prints them.")

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
+from rich import progress
+from rich.console import Console
 
 from select_n_core.errors import InfeasibleError, InputError, LinkError, SelectNError
 
@@ -48,13 +50,15 @@ def run(app: Callable[..., Any]) -> None:
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
     """A progress bar on stderr that takes (what is done now, share done)."""
-    shown: Any = typer.progressbar(
-        length=1000, label=label, file=sys.stderr, item_show_func=lambda what: str(what or "")
+    bar = progress.Progress(
+        progress.TextColumn("{task.fields[label]}", markup=False),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}", markup=False),
+        console=Console(stderr=True),
     )
-    with shown as bar:
-
-        def report(what: str, share: float) -> None:
-            bar.current_item = what
-            bar.update(round(share * 1000) - bar.pos)
-
-        yield report
+    with bar:
+        task = bar.add_task("", total=1.0, label=label)
+        yield lambda what, share: bar.update(task, completed=share, description=what)

@@ -22,7 +22,8 @@ class PlanInputs:
         rate_per_s: requests per second expected; None asks for the most the replica can do.
         max_batch: running requests at most. max_step_tokens: tokens per step at most (B_max).
         max_context: positions the model was made for.
-        forced_k: a user's fixed interval; None lets the planner choose.
+        forced_k: a user's fixed interval, or what `policy` fixed; None lets the planner choose.
+        policy: that fixed k; None where an interval did.
         unit_name: what several units are called, for people.
     """
 
@@ -39,6 +40,7 @@ class PlanInputs:
     output_tokens: int = 64
     rate_per_s: float | None = None
     forced_k: int | None = None
+    policy: str | None = None
     unit_name: str = "layers"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from select_n_core.decisions.law import UnitCost, iteration_s
 from select_n_core.decisions.order import offload_order
@@ -23,17 +23,26 @@ class StepShape:
         context_tokens: summed over them, tokens in the cache that they attend to.
         prefill_tokens: prompt tokens computed in this step.
         prefill_pairs: query-key pairs of those, summed over the chunks.
+        chunks: requests whose prompt tokens these are; where it is not counted, one.
     """
 
     decode_rows: int = 0
     context_tokens: int = 0
     prefill_tokens: int = 0
     prefill_pairs: int = 0
+    chunks: int = 0
 
     @property
     def tokens(self) -> int:
         """Tokens computed in all."""
         return self.decode_rows + self.prefill_tokens
+
+    @property
+    def parts(self) -> int:
+        """Parts that attend by themselves, at least one: each chunk, and all decoding rows."""
+        if not self.prefill_tokens:
+            return 1
+        return (self.chunks or 1) + (self.decode_rows > 0)
 
     def with_chunk(self, context: int, tokens: int) -> StepShape:
         """This step plus a prompt chunk of `tokens` after `context` cached tokens."""
@@ -41,6 +50,7 @@ class StepShape:
             self,
             prefill_tokens=self.prefill_tokens + tokens,
             prefill_pairs=self.prefill_pairs + chunk_pairs(context, tokens),
+            chunks=self.chunks + (tokens > 0),
         )
 
 
@@ -61,6 +71,8 @@ class ComputeModel:
         streamed_extra_s, stalled_extra_s, stall_s: see `UnitCost`; extras are added to a unit.
         copy_slowdown: share by which units grow while the link is always busy: copies and
             compute share the memory.
+        per_part_s: per unit and part of a step beyond the first that attends by itself: every
+            prompt chunk is one, and so are the decoding rows together.
     """
 
     token_grid: tuple[tuple[int, float], ...]
@@ -72,12 +84,16 @@ class ComputeModel:
     stalled_extra_s: float = 0.0
     stall_s: float = 1.0
     copy_slowdown: float = 0.0
+    per_part_s: float = 0.0
 
     def __post_init__(self) -> None:
         tokens = [point[0] for point in self.token_grid]
         seconds = [point[1] for point in self.token_grid]
         if not tokens or tokens != sorted(set(tokens)) or seconds != sorted(seconds):
             raise InputError("token_grid must ascend in tokens and not descend in seconds")
+        for name, value in asdict(self).items():
+            if name != "token_grid" and not 0 <= value < float("inf"):
+                raise InputError(f"{name} must be a number of 0 or more, got {value}", field=name)
 
     def unit_s(self, shape: StepShape) -> float:
         """c of this step: seconds of one unit at home."""
@@ -85,20 +101,20 @@ class ComputeModel:
             self._by_tokens(shape.tokens)
             + self.per_context_token_s * shape.context_tokens
             + self.per_pair_s * shape.prefill_pairs
+            + self.per_part_s * (shape.parts - 1)
         )
 
     def outside(self, rows: int) -> float:
         """g of a step with `rows` rows of logits."""
         return self.outside_s + self.outside_per_row_s * rows
 
-    def cost(self, shape: StepShape, link_busy: float = 0.0) -> UnitCost:
-        """The unit cost that the law takes, for this step.
+    def cost(self, unit_s: float, link_busy: float = 0.0) -> UnitCost:
+        """The unit cost that the law takes, where a unit at home takes `unit_s`.
 
         Args:
             link_busy: share of the compute beside which copies run, 0 to 1.
         """
-        slowed_s = self.unit_s(shape) * (1 + self.copy_slowdown * link_busy)
-        home_s = round(slowed_s / _RESOLUTION_S) * _RESOLUTION_S
+        home_s = _rounded(unit_s * (1 + self.copy_slowdown * link_busy))
         return UnitCost(
             home_s=home_s,
             streamed_s=home_s + self.streamed_extra_s,
@@ -123,6 +139,9 @@ class LatencyModel:
         units: L.
         transfer_s: t, of the largest unit, host to device.
         unit_shares: bytes of every unit against the largest, where they differ; else empty.
+        compute_scale: how many times longer all compute takes than recorded.
+        share_s: seconds that the largest unit's bytes take of a granted share of a bus; no step is
+            faster than all it streams takes so. 0 where the link is not shared.
         streaming: compute while a link worker runs (k > 0).
         resident: compute at k = 0; None where the model was never measured so.
     """
@@ -132,6 +151,8 @@ class LatencyModel:
     streaming: ComputeModel
     resident: ComputeModel | None = None
     unit_shares: tuple[float, ...] = ()
+    compute_scale: float = 1.0
+    share_s: float = 0.0
 
     def copies_s(self, k: int) -> float:
         """Seconds per step in which the weights of `k` units use the link."""
@@ -148,25 +169,66 @@ class LatencyModel:
         modes = [self.streaming]
         if k == 0 and self.resident is not None:
             modes.append(self.resident)  # whichever is faster may run when nothing is streamed
-        return min(self._iteration_s(compute, shape, k, slots, count) for compute in modes)
+        return min(
+            self.took_s(compute, compute.unit_s(shape), compute.outside(count), k, slots)
+            for compute in modes
+        )
 
-    def _iteration_s(
-        self, compute: ComputeModel, shape: StepShape, k: int, slots: int, rows: int
+    def took_s(
+        self, compute: ComputeModel, unit_s: float, outside_s: float, k: int, slots: int
     ) -> float:
-        outside_s = round(compute.outside(rows) / _RESOLUTION_S) * _RESOLUTION_S
-        alone_s = self.units * compute.unit_s(shape) + outside_s
-        transfers_s = tuple(self.transfer_s * share for share in self.unit_shares)
+        """Seconds of a step in which a unit at home is recorded with `unit_s`, g with `outside_s`.
 
-        def took_s(link_busy: float) -> float:
-            cost = compute.cost(shape, link_busy)
-            transfer_s = transfers_s or self.transfer_s
-            return iteration_s(self.units, k, slots, cost, outside_s, transfer_s)
+        In one of the two modes; the formula that `iteration_s` and its tables share.
+        """
+        busy = self.link_busy(compute, unit_s, outside_s, k, slots)
+        step_s = self._beside(compute, unit_s, outside_s, k, slots, busy)
+        return max(step_s, self.share_s * self.copies_s(k) / self.transfer_s)
 
+    def link_busy(
+        self, compute: ComputeModel, unit_s: float, outside_s: float, k: int, slots: int
+    ) -> float:
+        """Share of the compute beside which copies run, 0 to 1, where they slow it; see `took_s`.
+
+        Copies slow compute while both run, not while compute waits for them.
+        """
         if not k or not compute.copy_slowdown:
-            return took_s(0.0)
-        # Copies slow compute while both run, not while compute waits for them.
-        stalled_s = max(0.0, took_s(0.0) - alone_s)
-        return took_s(min(1.0, max(0.0, self.copies_s(k) - stalled_s) / alone_s))
+            return 0.0
+        alone_s = self.compute_scale * (self.units * unit_s + _rounded(outside_s))
+        calm_s = self._beside(compute, unit_s, outside_s, k, slots, 0.0)
+        busy_s = max(0.0, self.copies_s(k) - max(0.0, calm_s - alone_s))
+        return min(1.0, busy_s / alone_s)
+
+    def _beside(
+        self,
+        compute: ComputeModel,
+        unit_s: float,
+        outside_s: float,
+        k: int,
+        slots: int,
+        link_busy: float,
+    ) -> float:
+        scale = self.compute_scale  # T(a*c, a*g, t) = a * T(c, g, t/a)
+        transfer_s = _rounded(self.transfer_s / scale)
+        transfers_s = tuple(transfer_s * share for share in self.unit_shares)
+        cost = compute.cost(unit_s, link_busy)
+        return scale * iteration_s(
+            self.units, k, slots, cost, _rounded(outside_s), transfers_s or transfer_s
+        )
+
+    def compute_s(self, shape: StepShape, k: int, step_s: float) -> float:
+        """Of a step that takes `step_s`, the seconds in which nothing waits for copies."""
+        if k == 0:
+            return step_s
+        compute, scale = self.streaming, self.compute_scale
+        units_s = scale * self.units * compute.unit_s(shape)
+        alone_s = units_s + scale * compute.outside(max(1, shape.decode_rows))
+        stalled_s = max(0.0, step_s - alone_s)
+        busy = min(1.0, max(0.0, self.copies_s(k) - stalled_s) / alone_s)
+        cooled = min(1.0, stalled_s / k / (scale * compute.stall_s))
+        colder_s = max(0.0, compute.stalled_extra_s - compute.streamed_extra_s) * cooled
+        extra_s = scale * k * (compute.streamed_extra_s + colder_s)
+        return min(step_s, alone_s + units_s * compute.copy_slowdown * busy + extra_s)
 
     def free_tokens(self, shape: StepShape, k: int, slots: int, limit: int) -> int:
         """Prompt tokens that can join the step at no cost in time, up to `limit` (B*).
@@ -190,3 +252,7 @@ class LatencyModel:
             else:
                 high = middle - 1
         return low
+
+
+def _rounded(seconds: float) -> float:
+    return round(seconds / _RESOLUTION_S) * _RESOLUTION_S

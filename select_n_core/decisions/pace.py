@@ -8,7 +8,6 @@ Time over compute is convex, so that this errs on the late side.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import lru_cache
 
 from select_n_core.decisions.latency import LatencyModel, StepShape, chunk_pairs
@@ -27,6 +26,8 @@ class Pace:
         self._k = k
         self._slots = slots
         self._knots: dict[tuple[int, int], float] = {}
+        self._pieces: dict[tuple[int, int], tuple[float, float, float]] = {}
+        self._prompts: dict[tuple[int, int], float] = {}
 
     @property
     def copies_s(self) -> float:
@@ -40,19 +41,22 @@ class Pace:
         unit_s = max(_LEAST_S, self._model.streaming.unit_s(shape))
         rows = _rounded(max(1, shape.decode_rows))
         below = math.floor(math.log(unit_s) / _LOG)
-        low_s = _RATIO**below
-        share = (unit_s - low_s) / (low_s * (_RATIO - 1))
-        before_s, after_s = self._knot(below, rows), self._knot(below + 1, rows)
-        return before_s + (after_s - before_s) * share
+        piece = self._pieces.get((below, rows)) or self._look(below, rows)
+        low_s, took_s, slope = piece
+        return took_s + (unit_s - low_s) * slope
 
-    def tokens_within(self, shape: StepShape, budget_s: float, limit: int) -> int:
-        """The most prompt tokens (of a fresh prompt) that keep the step within `budget_s`."""
-        if limit <= 0 or self.step_s(_with_prompt(shape, limit)) <= budget_s:
+    def compute_s(self, shape: StepShape) -> float:
+        """Of one step, the seconds in which nothing waits for copies."""
+        return self._model.compute_s(shape, self._k, self.step_s(shape))
+
+    def tokens_within(self, shape: StepShape, budget_s: float, limit: int, context: int = 0) -> int:
+        """The most prompt tokens after `context` cached ones that keep a step within `budget_s`."""
+        if limit <= 0 or self.step_s(with_prompt(shape, limit, context)) <= budget_s:
             return max(0, limit)
         low, high = 0, limit - 1
         while low < high:
             middle = (low + high + 1) // 2
-            if self.step_s(_with_prompt(shape, middle)) <= budget_s:
+            if self.step_s(with_prompt(shape, middle, context)) <= budget_s:
                 low = middle
             else:
                 high = middle - 1
@@ -64,19 +68,33 @@ class Pace:
             return 0
         return self.tokens_within(shape, self.step_s(shape) * _FREE, limit)
 
+    def prompt_s(self, tokens: int, most: int) -> float:
+        """Seconds of a fresh prompt alone on the device, `most` tokens per step at most."""
+        key = (tokens, most)
+        seconds = self._prompts.get(key)
+        if seconds is None:
+            chunk = max(1, min(tokens, most))
+            seconds = -(-tokens // chunk) * self.step_s(with_prompt(StepShape(), chunk, tokens))
+            self._prompts[key] = seconds
+        return seconds
+
+    def _look(self, below: int, rows: int) -> tuple[float, float, float]:
+        """Of the line between two knots: where it begins, its value there, and its slope."""
+        low_s = _RATIO**below
+        took_s = self._knot(below, rows)
+        slope = (self._knot(below + 1, rows) - took_s) / (low_s * (_RATIO - 1))
+        self._pieces[below, rows] = low_s, took_s, slope
+        return low_s, took_s, slope
+
     def _knot(self, power: int, rows: int) -> float:
         """Seconds of a step whose units take `_RATIO ** power` each."""
         key = (power, rows)
         seconds = self._knots.get(key)
         if seconds is None:
-            compute = replace(
-                self._model.streaming,
-                token_grid=((1, _RATIO**power),),
-                per_context_token_s=0.0,
-                per_pair_s=0.0,
+            compute = self._model.streaming
+            seconds = self._model.took_s(
+                compute, _RATIO**power, compute.outside(rows), self._k, self._slots
             )
-            model = replace(self._model, streaming=compute)
-            seconds = model.iteration_s(StepShape(rows), self._k, self._slots)
             self._knots[key] = seconds
         return seconds
 
@@ -87,12 +105,14 @@ def pace_of(model: LatencyModel, k: int, slots: int) -> Pace:
     return Pace(model, k, slots)
 
 
-def _with_prompt(shape: StepShape, tokens: int) -> StepShape:
+def with_prompt(shape: StepShape, tokens: int, context: int = 0, chunks: int = 1) -> StepShape:
+    """`StepShape.with_chunk`, made faster; the tokens may be of several prompts."""
     return StepShape(
         shape.decode_rows,
         shape.context_tokens,
         shape.prefill_tokens + tokens,
-        shape.prefill_pairs + chunk_pairs(0, tokens),
+        shape.prefill_pairs + chunk_pairs(context, tokens),
+        shape.chunks + chunks,
     )
 
 

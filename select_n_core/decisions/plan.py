@@ -55,7 +55,8 @@ class Plan:
         reason: the word for why it is infeasible. message: the same in a sentence with the mend.
         max_batch: typical requests at a time, by SLO and KV; 0 when infeasible. The predictions
             are for as many.
-        max_running: requests at a time within the SLO, were there KV for all of them.
+        max_running: requests at a time within the SLO, were there KV for all of them, at the best
+            k while serving.
         k_min, k_max: how far k may turn in this arena while serving.
         mirrors: units to mirror (m): the most that time and host memory allow to stream.
         candidates: every k from 0 to L, for tables and plots.
@@ -152,7 +153,7 @@ def _plan(
         device_bytes=inputs.device_bytes,
         host_bytes=inputs.memory.mirrored_bytes(mirrors),
         max_batch=chosen.serving.batch if reason is None else 0,
-        max_running=chosen.max_running,
+        max_running=max(c.max_running for c in (chosen, *candidates[k_min : mirrors + 1])),
         kv_tokens=chosen.kv_tokens,
         k_min=k_min,
         k_max=k_max(inputs, k_min),
@@ -180,6 +181,9 @@ def _forced(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
     """A user's interval is obeyed as long as memory holds it; a missed SLO is a note."""
     assert inputs.forced_k is not None
     chosen = candidates[inputs.forced_k]
+    asked, mend = f"interval {_shown(chosen.interval)}", "interval: auto"
+    if inputs.policy is not None:
+        asked, mend = f"policy {inputs.policy}", "policy: select_n"
     if not chosen.fits_device or not chosen.fits_host:
         kind, reason = (
             ("device", Reason.DEVICE_TOO_SMALL)
@@ -192,9 +196,9 @@ def _forced(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
             else (chosen.host_bytes, inputs.host_bytes)
         )
         message = (
-            f"interval {_shown(chosen.interval)} (k = {chosen.k}) needs "
+            f"{asked} (k = {chosen.k}) needs "
             f"{format_bytes(need, up=True)} of {kind} memory, {format_bytes(have)} are given; "
-            f"raise {kind}_memory or set interval: auto"
+            f"raise {kind}_memory or set {mend}"
         )
         return _plan(inputs, candidates, chosen, reason=reason, message=message)
     if 0 < chosen.k <= inputs.slots:
@@ -206,13 +210,13 @@ def _forced(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:
     elif not (chosen.meets_tpot and chosen.meets_ttft):
         note = Note.FORCED_INTERVAL_MISSES_SLO
         message = (
-            f"interval {_shown(chosen.interval)} is predicted to take "
+            f"{asked} is predicted to take "
             f"{format_seconds(chosen.serving.tpot_s)} per token and "
             f"{format_seconds(chosen.serving.ttft_s)} to the first, above the targets"
         )
     else:
         note = Note.FORCED_INTERVAL
-        message = f"interval {_shown(chosen.interval)} as asked"
+        message = f"{asked} as asked"
     # A user who forces N past the SLO decided against it: memory alone limits the batch.
     if not chosen.max_running:
         memory = inputs.memory

@@ -1,35 +1,33 @@
-"""Measuring: real steps of the executor on synthetic requests, in both thread modes."""
+"""Measuring: real steps of the executor on synthetic requests, and the record made of them."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from select_n_core.config import LinkConfig
-from select_n_core.decisions.layout import arena_bytes_for
 from select_n_core.kv.cache import block_bytes
-from select_n_core.links.base import Direction, Link
+from select_n_core.links.base import Link
 from select_n_core.links.open import open_link
-from select_n_core.memory.host import HostMap
 from select_n_core.models.load import LoadedModel
-from select_n_core.offload.executor import Executor
 from select_n_core.offload.placement import compute_threads, model_memory
 from select_n_core.profiling.fit import fit_mode
-from select_n_core.profiling.passes import (
-    BLOCK_TOKENS,
-    Pass,
-    Shape,
-    Sweep,
-    placed,
-    quiet,
-    run_passes,
-    sweep_s,
-    undisturbed,
+from select_n_core.profiling.grid import (
+    Effort,
+    fitted_shapes,
+    held_out_ks,
+    held_out_shapes,
+    probe_shape,
 )
+from select_n_core.profiling.heldout import judged, p95
+from select_n_core.profiling.passes import BLOCK_TOKENS, Pass, Shape, typical
+from select_n_core.profiling.rig import Case, Rig, placed
+from select_n_core.profiling.sweeps import Progress, run_sweeps
+from select_n_core.profiling.transfers import Beside, copies_alone, copies_beside
 from select_n_core.record import (
     ColdSample,
     ComputeSample,
@@ -39,36 +37,10 @@ from select_n_core.record import (
     TransferSample,
 )
 
+__all__ = ["Effort", "Progress", "measure_record"]
+
 _SLOTS = 2
-_WARM_UP = 2
-_MOST_SWEEPS = 2  # times those asked for, until enough are undisturbed
-
-Progress = Callable[[str, float], None]  # what is measured now, share done
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How much to measure.
-
-    Attributes:
-        sweeps: undisturbed ones over all shapes. repeats: passes per shape in each.
-        batches, contexts: the decode grid. chunks: prompt tokens.
-    """
-
-    sweeps: int = 4
-    repeats: int = 4
-    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
-    contexts: tuple[int, ...] = (64, 320)
-    chunks: tuple[int, ...] = (16, 64, 256)
-
-    @classmethod
-    def brief(cls, max_batch: int, max_step_tokens: int) -> Effort:
-        """Half a minute for a small model: enough to serve, around what the replica will run."""
-        batches = sorted({1, 4, min(8, max_batch), max_batch})
-        chunks = sorted({32, max_step_tokens // 2, max_step_tokens})
-        return cls(
-            sweeps=3, repeats=3, batches=tuple(batches), contexts=(64, 256), chunks=tuple(chunks)
-        )
+_CALM = 0.6  # of a pass: copies that take as long never stall it
 
 
 def measure_record(
@@ -81,6 +53,9 @@ def measure_record(
     """Measure `model` and fit the latency model to the samples.
 
     The machine should be idle. The model's source must not have been released.
+
+    Raises:
+        DeviceMemoryError, HostMemoryError: too little memory is free to measure it.
     """
     report = progress if progress is not None else _silent
     begun_s = time.perf_counter()
@@ -88,195 +63,184 @@ def measure_record(
     link, device = open_link(link_config)
     try:
         report("transfers", 0.0)
-        transfers = _transfers(link, device, max(memory.unit_bytes), effort.repeats)
-        transfer_s = statistics.median(transfers[0].seconds)
-        shapes = _shapes(effort, model.max_context)
-        streaming = _mode(
-            model, link, device, shapes, effort, transfer_s, _Stage(report, 0.05, 0.6)
-        )
-        resident = None
-        if _fits(model, device, shapes):
-            resident = _mode(model, link, device, shapes, effort, None, _Stage(report, 0.65, 0.35))
+        copies = copies_alone(link, device, memory.unit_bytes, effort.sweeps * effort.repeats)
+        report("units that come late", 0.01)
+        late = _late(model, link, device, effort)
+        found = _measured(model, link, device, effort, copies, report)
     finally:
         link.close()
     report("done", 1.0)
-    return PerformanceRecord(
+    units, noise = memory.units, found.noise
+    cold = ColdSample(
+        streamed_extra_s=found.streamed_extra_s,
+        stalled_extra_s=late.extra_s,
+        stall_s=late.wait_s,
+        copy_slowdown=found.copy_slowdown,
+    )
+    resident: ModeRecord | None = None
+    if found.resident:
+        samples = _samples(found.resident)
+        resident = fit_mode(samples, None, found.resident_threads, units, noise)
+    record = PerformanceRecord(
         fingerprint=here,
         static_bytes=memory.static_bytes,
         unit_bytes=memory.unit_bytes,
         kv_bytes_per_token=block_bytes(model.kv, 1 << 8, model.dtype) >> 8,
         max_context=model.max_context,
-        transfers=transfers,
-        transfer_s=transfer_s,
-        streaming=streaming,
+        transfers=tuple(found.transfers),
+        transfer_s=copies[0].alone_s,
+        streaming=fit_mode(_samples(found.streaming), cold, compute_threads(1), units, noise),
         resident=resident,
         seconds=time.perf_counter() - begun_s,
     )
+    held_out = judged(record.latency_model(), found.held_out, _SLOTS)
+    judgement = {
+        "held_out": held_out,
+        "held_out_p95": p95([sample.error for sample in held_out]),
+        "held_out_noise": p95([sample.noise for sample in held_out]),
+    }
+    return record.model_copy(update=judgement)
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
-    """A part of the progress bar."""
+class _Late:
+    """A unit that compute waited `wait_s` for, and by how much longer it then took."""
 
-    report: Progress
-    start: float
-    share: float
+    wait_s: float
+    extra_s: float
 
-    def __call__(self, what: str, done: float) -> None:
-        self.report(what, self.start + self.share * done)
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Passes of every case that counted, by what they are for."""
+
+    transfers: list[TransferSample]
+    copy_slowdown: float
+    streamed_extra_s: float
+    streaming: Mapping[Case, list[Pass]]
+    resident: Mapping[Case, list[Pass]]
+    resident_threads: int
+    held_out: Mapping[Case, list[Pass]]
+    noise: float
 
 
 def _silent(_what: str, _done: float) -> None:
     return None
 
 
-def _shapes(effort: Effort, max_context: int) -> list[Shape]:
-    decode = [
-        Shape(((context, 1),) * batch)
-        for batch in effort.batches
-        for context in effort.contexts
-        if context < max_context
-    ]
-    prefill = [
-        Shape(((context, tokens),))
-        for tokens in effort.chunks
-        for context in (0, effort.contexts[-1])
-        if context + tokens <= max_context
-    ]
-    return decode + prefill
-
-
-def _transfers(
-    link: Link, device: torch.device, nbytes: int, repeats: int
-) -> tuple[TransferSample, ...]:
-    host = HostMap(nbytes)
-    target = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    link.register(host.bytes)
-    samples = []
-    for direction in Direction:
-        seconds = []
-        for _ in range(repeats + _WARM_UP):
-            ends = (target, host.bytes)
-            to, source = ends if direction is Direction.TO_DEVICE else ends[::-1]
-            copy = link.copy(to, source, kind="profile", direction=direction)
-            link.drain()
-            seconds.append(copy.duration_s())
-        samples.append(
-            TransferSample(
-                direction=direction.value, nbytes=nbytes, seconds=tuple(seconds[_WARM_UP:])
-            )
+def _late(model: LoadedModel, link: Link, device: torch.device, effort: Effort) -> _Late:
+    """With a single slot and all units streamed, compute waits for every copy."""
+    probe = probe_shape(effort)
+    with placed(model, link, device, [probe], slots=1) as rig:
+        idle, stalled = (
+            # Of a few visits the one that was least disturbed.
+            min((rig.run(case, effort.repeats) for _ in range(3)), key=_wall_s)
+            for case in (Case(probe, rig.streaming_k), Case(probe, rig.room.most))
         )
-    link.unregister(host.bytes)
-    host.close()
-    return tuple(samples)
+    extra_s = typical(stalled, "streamed_s") - typical(idle, "home_s")
+    return _Late(max(1e-6, typical(stalled, "wait_s")), max(0.0, extra_s))
 
 
-def _fits(model: LoadedModel, device: torch.device, shapes: Sequence[Shape]) -> bool:
-    if device.type == "cpu":
-        return True
-    need = arena_bytes_for(
-        model_memory(model, BLOCK_TOKENS), 0, _SLOTS, max(shape.blocks() for shape in shapes)
-    )
-    return bool(need < 0.8 * torch.cuda.mem_get_info(device)[0])
+def _wall_s(passes: Sequence[Pass]) -> float:
+    return typical(passes, "wall_s")
 
 
-def _mode(
+def _measured(
     model: LoadedModel,
     link: Link,
     device: torch.device,
-    shapes: Sequence[Shape],
     effort: Effort,
-    transfer_s: float | None,
-    stage: _Stage,
-) -> ModeRecord:
-    """Measure one thread mode; `transfer_s` given means streaming, None means resident."""
-    blocks = max(shape.blocks() for shape in shapes)
-    probe = Shape(((effort.contexts[0], 1),) * effort.batches[len(effort.batches) // 2])
+    copies: Sequence[TransferSample],
+    report: Progress,
+) -> _Measured:
+    shapes = fitted_shapes(effort, model.max_context)
+    others = held_out_shapes(effort, model.max_context) if effort.held_out else []
+    wanted = [probe_shape(effort), *shapes, *others]
+    with placed(model, link, device, wanted, _SLOTS) as rig:
+        shapes = [shape for shape in shapes if shape.blocks() <= rig.room.blocks]
+        others = [shape for shape in others if shape.blocks() <= rig.room.blocks]
+        probe = Case(probe_shape(effort), rig.streaming_k)
+        report("threads", 0.02)
+        rig.resident_threads = _resident_threads(rig, probe.shape, effort.repeats)
+        report("copies beside compute", 0.03)
+        others_beside = copies_beside(rig, probe, copies[1:], effort.repeats)
+        calm = Case(probe.shape, _calm_k(rig, probe, copies[0].alone_s, effort.repeats))
+        streaming = [Case(shape, rig.streaming_k) for shape in shapes]
+        resident = [Case(shape, 0, resident=True) for shape in shapes if not rig.room.least]
+        held_out = _held_out(rig, others, copies[0].alone_s)
+        beside = [replace(case, beside=True) for case in _busy(streaming, probe)]
+        with Beside(rig, copies[0]) as link_busy:
 
-    def pass_s(k: int, slots: int, threads: int | None = None) -> float:
-        with placed(
-            model, link, device, k=k, slots=slots, blocks=probe.blocks(), threads=threads
-        ) as executor:
-            return quiet(run_passes(executor, probe, effort.repeats), "wall_s")
+            def visit(case: Case) -> list[Pass]:
+                return (link_busy.visit if case.beside else rig.run)(case, effort.repeats)
 
-    if transfer_s is None:
-        # All cores are not always faster: layers of a small model are over before they share work.
-        threads = min({1, compute_threads(0)}, key=lambda count: pass_s(0, _SLOTS, count))
-        with placed(
-            model, link, device, k=0, slots=_SLOTS, blocks=blocks, threads=threads
-        ) as executor:
-            samples, noise = _sweep(executor, shapes, effort, stage)
-        return fit_mode(samples, None, threads, noise)
-    with placed(model, link, device, k=1, slots=1, blocks=blocks) as executor:
-        samples, noise = _sweep(executor, shapes, effort, stage)
-    cold = _cold(model, link, device, probe, effort, transfer_s)
-    return fit_mode(samples, cold, compute_threads(1), noise)
-
-
-def _cold(
-    model: LoadedModel,
-    link: Link,
-    device: torch.device,
-    probe: Shape,
-    effort: Effort,
-    transfer_s: float,
-) -> ColdSample:
-    """What streaming costs compute: an idle link, a busy one that stalls nobody, and stalls."""
-    units, blocks = len(model.units), probe.blocks()
-    idle: list[Pass] = []
-    busy: list[Pass] = []
-    stalled: list[Pass] = []
-    calm = 1
-    for _ in range(effort.sweeps):
-        with placed(model, link, device, k=1, slots=1, blocks=blocks) as executor:
-            idle += run_passes(executor, probe, effort.repeats)
-        pass_s = quiet(idle, "wall_s")
-        calm = max(1, min(units - 1, int(0.6 * pass_s / transfer_s)))
-        with placed(model, link, device, k=calm, slots=_SLOTS, blocks=blocks) as executor:
-            busy += run_passes(executor, probe, effort.repeats)
-        with placed(model, link, device, k=units, slots=1, blocks=blocks) as executor:
-            stalled += run_passes(executor, probe, effort.repeats)
-    idle_s, busy_s = quiet(idle, "home_s"), quiet(busy, "home_s")
-    # At k = 1 the link is busy a little too: the slope is over what `calm` adds.
-    more_busy = (calm - 1) * transfer_s / quiet(idle, "wall_s")
-    return ColdSample(
-        streamed_extra_s=max(0.0, quiet(busy, "streamed_s") - busy_s),
-        stalled_extra_s=max(0.0, quiet(stalled, "streamed_s") - idle_s),
-        stall_s=max(1e-6, quiet(stalled, "wait_s")),
-        copy_slowdown=max(0.0, (busy_s / idle_s - 1) / more_busy) if more_busy > 0.1 else 0.0,
-    )
+            passes, noise = run_sweeps(
+                visit,
+                sorted(
+                    [*streaming, *beside, calm, *resident, *held_out],
+                    key=lambda case: case.resident,
+                ),
+                effort.sweeps,
+                lambda what, done: report(what, 0.1 + 0.9 * done),
+            )
+        extra_s = typical(passes[calm], "streamed_s") - typical(passes[calm], "home_s")
+        return _Measured(
+            transfers=[link_busy.sample(), *others_beside],
+            copy_slowdown=_slowdown(passes, beside),
+            streamed_extra_s=max(0.0, extra_s),
+            streaming={case: passes[case] for case in streaming},
+            resident={case: passes[case] for case in resident},
+            resident_threads=rig.resident_threads,
+            held_out={case: passes[case] for case in held_out},
+            noise=noise,
+        )
 
 
-def _sweep(
-    executor: Executor, shapes: Sequence[Shape], effort: Effort, stage: _Stage
-) -> tuple[list[ComputeSample], float]:
-    """Every shape once per sweep, so that a neighbour's burst does not hit all of one shape.
+def _busy(cases: Sequence[Case], probe: Case) -> list[Case]:
+    """What is also run beside copies: the probe, and a prompt of middling length."""
+    prompts = [case for case in cases if not case.shape.facts().decode_rows]
+    return [case for case in cases if case == probe] + prompts[len(prompts) // 2 :][:1]
 
-    Sweeps go on until enough of them were undisturbed; only these count. Returns the samples and
-    the noise of all sweeps.
-    """
-    mode = "streaming" if executor.k else "resident"
-    sweeps: list[Sweep] = []
-    furthest = 0.0
-    run_passes(executor, shapes[0], effort.repeats)  # the first shape would pay for cold caches
-    while (missing := effort.sweeps - len(undisturbed(sweeps))) > 0:
-        if len(sweeps) == _MOST_SWEEPS * effort.sweeps:
-            break
-        sweep: Sweep = {}
-        for number, shape in enumerate(shapes):
-            facts = shape.facts()
-            run = len(sweeps) + number / len(shapes)
-            what = f"{mode}: {facts.decode_rows} rows, {facts.tokens} tokens"
-            furthest = max(furthest, run / (len(sweeps) + missing))
-            stage(what, furthest)
-            sweep[shape] = run_passes(executor, shape, effort.repeats)
-        sweeps.append(sweep)
-    kept = undisturbed(sweeps)
-    samples = [
-        _sample(shape, [each for sweep in kept for each in sweep[shape]]) for shape in shapes
+
+def _slowdown(passes: Mapping[Case, Sequence[Pass]], beside: Sequence[Case]) -> float:
+    """By how much units at home grow beside copies that never pause."""
+    ratios = [
+        typical(passes[case], "home_s") / typical(passes[replace(case, beside=False)], "home_s")
+        for case in beside
     ]
-    walls_s = [sweep_s(sweep) for sweep in sweeps]
-    return samples, statistics.median(walls_s) / min(walls_s) - 1
+    return max(0.0, statistics.mean(ratios) - 1) if ratios else 0.0
+
+
+def _resident_threads(rig: Rig, shape: Shape, repeats: int) -> int:
+    """All cores are not always faster: layers of a small model are over before they share work."""
+    if rig.room.least:
+        return compute_threads(1)
+    walls_s: dict[int, float] = {}
+    for threads in {1, compute_threads(0)}:
+        rig.resident_threads = threads
+        walls_s[threads] = typical(rig.run(Case(shape, 0, resident=True), 2 * repeats), "wall_s")
+    return min(walls_s, key=walls_s.__getitem__)
+
+
+def _calm_k(rig: Rig, probe: Case, transfer_s: float, repeats: int) -> int:
+    """The most units whose copies never stall the probe; at least one."""
+    pass_s = typical(rig.run(probe, repeats), "wall_s")
+    most = min(rig.room.most, rig.executor.memory.units - 1)
+    return max(1, rig.room.least, min(most, int(_CALM * pass_s / transfer_s)))
+
+
+def _held_out(rig: Rig, shapes: Sequence[Shape], transfer_s: float) -> list[Case]:
+    """Every held-out shape at several k."""
+    cases: list[Case] = []
+    for turn, shape in enumerate(shapes):
+        step_s = typical(rig.run(Case(shape, rig.room.least), 1), "wall_s")
+        ks = held_out_ks(step_s, transfer_s, rig.room.most, turn)
+        cases += [Case(shape, k, resident=not k) for k in ks if k >= rig.room.least]
+    return cases
+
+
+def _samples(passes: Mapping[Case, Sequence[Pass]]) -> list[ComputeSample]:
+    return [_sample(case.shape, each) for case, each in passes.items()]
 
 
 def _sample(shape: Shape, passes: Sequence[Pass]) -> ComputeSample:
@@ -287,9 +251,10 @@ def _sample(shape: Shape, passes: Sequence[Pass]) -> ComputeSample:
         context_tokens=facts.context_tokens,
         prefill_tokens=facts.prefill_tokens,
         prefill_pairs=facts.prefill_pairs,
+        chunks=facts.chunks,
         rows=len(shape.rows),
-        unit_s=quiet(passes, "home_s"),
-        outside_s=quiet(passes, "outside_s"),
+        unit_s=typical(passes, "home_s"),
+        outside_s=typical(passes, "outside_s"),
         variation=statistics.pstdev(walls_s) / statistics.mean(walls_s),
         repeats=len(passes),
     )

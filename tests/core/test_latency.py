@@ -68,6 +68,48 @@ def test_attention_and_rows_are_charged_where_they_fall():
     assert compute().outside(4) == pytest.approx(5 * MS)
 
 
+def test_every_part_that_attends_by_itself_is_charged_for_beyond_the_first():
+    charged = compute(per_part_s=0.2 * MS)
+    decode, prompt = StepShape(4, 400), StepShape().with_chunk(10, 4)
+    both = decode.with_chunk(10, 4)
+    assert charged.unit_s(decode) == compute().unit_s(decode)
+    assert charged.unit_s(prompt) == compute().unit_s(prompt)
+    for step, extra_s in ((both, 0.2 * MS), (both.with_chunk(0, 8), 0.4 * MS)):
+        assert charged.unit_s(step) == pytest.approx(compute().unit_s(step) + extra_s)
+    assert charged.unit_s(both.with_chunk(0, 0)) == charged.unit_s(both)
+
+
+def test_prompt_tokens_whose_chunks_nobody_counted_are_one_chunk():
+    charged = compute(per_part_s=0.2 * MS)
+    counted = StepShape(4, 400).with_chunk(10, 4)
+    uncounted = StepShape(4, 400, counted.prefill_tokens, counted.prefill_pairs)
+    assert charged.unit_s(uncounted) == charged.unit_s(counted)
+
+
+steps = st.builds(
+    StepShape,
+    decode_rows=st.integers(0, 64),
+    context_tokens=st.integers(0, 50_000),
+    prefill_tokens=st.integers(0, 600),
+    prefill_pairs=st.integers(0, 100_000),
+    chunks=st.integers(0, 8),
+)
+
+
+@given(steps, steps)
+def test_more_of_anything_never_computes_faster(one, other):
+    charged = compute(per_part_s=0.2 * MS)
+    sizes = {name: max(getattr(one, name), getattr(other, name)) for name in StepShape.__slots__}
+    assert charged.unit_s(StepShape(**sizes)) >= max(charged.unit_s(one), charged.unit_s(other))
+
+
+@pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["per_pair_s", "outside_s", "per_part_s", "copy_slowdown"])
+def test_a_coefficient_that_is_no_time_is_refused_by_name(field, value):
+    with pytest.raises(InputError, match=field):
+        compute(**{field: value})
+
+
 @pytest.mark.parametrize("grid", [(), ((2, 1.0), (1, 2.0)), ((1, 2.0), (2, 1.0)), ((1, 1), (1, 2))])
 def test_a_grid_that_does_not_ascend_is_refused(grid):
     with pytest.raises(InputError, match="token_grid must ascend"):

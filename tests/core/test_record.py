@@ -11,6 +11,7 @@ from select_n_core.record import (
     ColdSample,
     ComputeSample,
     Fingerprint,
+    HeldOutSample,
     ModeRecord,
     PerformanceRecord,
     TransferSample,
@@ -37,6 +38,7 @@ def mode(threads: int, outside_s: float, cold: ColdSample | None) -> ModeRecord:
         context_tokens=64,
         prefill_tokens=0,
         prefill_pairs=0,
+        chunks=0,
         rows=1,
         unit_s=0.001,
         outside_s=outside_s,
@@ -56,6 +58,21 @@ def mode(threads: int, outside_s: float, cold: ColdSample | None) -> ModeRecord:
     )
 
 
+HELD_OUT = HeldOutSample(
+    decode_rows=4,
+    context_tokens=800,
+    prefill_tokens=50,
+    prefill_pairs=1275,
+    chunks=1,
+    rows=5,
+    k=2,
+    slots=2,
+    seconds=(0.010, 0.011, 0.012, 0.010),
+    predicted_s=0.0084,
+    noise=0.01,
+)
+
+
 def record(**changes) -> PerformanceRecord:
     facts = {
         "fingerprint": HERE,
@@ -69,6 +86,9 @@ def record(**changes) -> PerformanceRecord:
             1, 0.004, ColdSample(streamed_extra_s=1e-4, stalled_extra_s=2e-4, stall_s=0.005)
         ),
         "resident": mode(2, 0.003, None),
+        "held_out": (HELD_OUT,),
+        "held_out_p95": HELD_OUT.error,
+        "held_out_noise": HELD_OUT.noise,
         "seconds": 12.5,
     }
     return PerformanceRecord(**{**facts, **changes})
@@ -79,7 +99,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "records" / "tiny.json"
 
 
-def rewritten(path: Path, *steps: str, to: object) -> Path:
+def rewritten(path: Path, *steps: str | int, to: object) -> Path:
     """The saved record with one field replaced."""
     record().save(path)
     document = json.loads(path.read_text())
@@ -100,6 +120,35 @@ def test_a_record_comes_back_as_it_was_saved(path):
 def test_a_model_never_measured_resident_comes_back_so(path):
     record(resident=None).save(path)
     assert load_record(path).latency_model().resident is None
+
+
+def test_a_record_without_held_out_shapes_is_fine(path):
+    record(held_out=(), held_out_p95=None, held_out_noise=None).save(path)
+    assert load_record(path).held_out_p95 is None
+
+
+def test_a_held_out_error_is_against_the_median_of_the_repeats():
+    assert HELD_OUT.error == pytest.approx(0.2)
+    assert HELD_OUT.shape() == StepShape(4, 800, 50, 1275, chunks=1)
+
+
+def test_copies_are_predicted_as_they_are_beside_compute():
+    slowed = TransferSample(
+        direction="h2d", nbytes=2048, seconds=(0.002,), beside_compute_s=(0.002, 0.0022, 0.003)
+    )
+    assert record(transfers=(slowed,)).latency_model().transfer_s == pytest.approx(0.0022)
+    assert record(transfers=(slowed,)).link_bytes_per_s == pytest.approx(2048 / 0.002)
+    faster = slowed.model_copy(update={"beside_compute_s": (0.001,)})
+    assert record(transfers=(faster,)).latency_model().transfer_s == 0.002
+
+
+def test_units_take_their_measured_share_of_the_largest_units_time():
+    large, small = (
+        TransferSample(direction="h2d", nbytes=nbytes, seconds=(seconds,))
+        for nbytes, seconds in ((2048, 0.002), (1024, 0.0015))
+    )
+    assert record(transfers=(large,)).latency_model().unit_shares == (0.5, 1.0, 0.5)
+    assert record(transfers=(large, small)).latency_model().unit_shares == (0.75, 1.0, 0.75)
 
 
 def test_saving_again_replaces_the_file(path):
@@ -150,12 +199,26 @@ def test_a_record_from_elsewhere_is_refused_naming_what_differs(field):
 @pytest.mark.parametrize(
     ("steps", "value", "field"),
     [
-        (("version",), 2, "version"),
+        (("version",), 1, "version"),
         (("transfer_s",), "soon", "transfer_s"),
         (("transfer_s",), 0.0, "transfer_s"),
         (("transfer_s",), -0.002, "transfer_s"),
         (("transfer_s",), float("nan"), "transfer_s"),
         (("transfer_s",), float("inf"), "transfer_s"),
+        (("transfers", 0, "seconds"), [], "transfers.0.seconds"),
+        (("transfers", 0, "seconds"), [0.002, 0.0], "transfers.0.seconds.1"),
+        (("transfers", 0, "seconds"), [float("nan")], "transfers.0.seconds.0"),
+        (("transfers", 0, "beside_compute_s"), [-0.1], "transfers.0.beside_compute_s.0"),
+        (("held_out", 0, "seconds"), [0.01, -0.01], "held_out.0.seconds.1"),
+        (("held_out", 0, "seconds"), [0.01], "held_out.0.seconds"),
+        (("held_out", 0, "predicted_s"), 0.0, "held_out.0.predicted_s"),
+        (("held_out", 0, "noise"), float("nan"), "held_out.0.noise"),
+        (("held_out_p95",), -0.1, "held_out_p95"),
+        (("streaming", "samples", 0, "unit_s"), 0.0, "streaming.samples.0.unit_s"),
+        (("streaming", "samples", 0, "unit_s"), float("nan"), "streaming.samples.0.unit_s"),
+        (("streaming", "samples", 0, "outside_s"), -1.0, "streaming.samples.0.outside_s"),
+        (("streaming", "per_part_s"), -1e-9, "streaming.per_part_s"),
+        (("resident", "per_part_s"), float("inf"), "resident.per_part_s"),
         (("static_bytes",), -1, "static_bytes"),
         (("unit_bytes",), [], "unit_bytes"),
         (("unit_bytes",), [1024, 0], "unit_bytes.1"),

@@ -1,6 +1,9 @@
 """The commands that plan: what they print, and what wrong input gets."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -53,15 +56,36 @@ def model(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("model"), max_context=1024))
 
 
-@pytest.fixture
-def record(cli, model, tmp_path):
-    path = tmp_path / "record.json"
-    code, out, _ = cli(
-        "profile", model, "-o", str(path), "--link", LINK, "--dtype", "float32", "--json"
+@pytest.fixture(scope="module")
+def profiled(model, cache, tmp_path_factory):
+    """(The record's file, what was printed, what was shown meanwhile)."""
+    path = tmp_path_factory.mktemp("record") / "record.json"
+    arguments = ["-o", str(path), "--link", LINK, "--dtype", "float32", "--brief", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.cli.main", "profile", model, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "SELECT_N_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
     )
-    assert code == 0
-    assert json.loads(out)["record"] == str(path)
-    return path
+    return path, done.stdout, done.stderr
+
+
+@pytest.fixture
+def record(profiled):
+    return profiled[0]
+
+
+def test_a_profile_is_one_json_object_and_its_progress_stays_off_it(profiled):
+    path, out, err = profiled
+    summary = json.loads(out)
+    assert summary["record"] == str(path)
+    assert summary["held_out_p95"] is None
+    assert {each["direction"] for each in summary["transfers"]} == {"h2d", "d2h"}
+    for each in summary["transfers"]:
+        assert 0 < each["p5_s"] <= each["p50_s"] <= each["p95_s"]
+    assert "profiling" in err
+    assert "100%" in err
 
 
 def test_a_record_plans_as_one_json_object(cli, record, tmp_path):
@@ -77,15 +101,35 @@ def test_a_record_plans_as_one_json_object(cli, record, tmp_path):
     plan = json.loads(out)
     assert plan["feasible"]
     assert plan["k"] > 2
+    assert [each["k"] for each in plan["candidates"]] == list(range(7))
+    assert plan["candidates"][plan["k"]]["tpot_s"] == plan["predicted_tpot_s"]
     assert plan["interval"] == pytest.approx(6 / plan["k"], abs=1e-3)
 
     code, out, _ = cli("plan", str(record), *PLAN, "--device-memory", static_and_half)
-    assert "KV tokens" in out
+    rows = _table(out)
+    assert [int(row["k"]) for row in rows.values()] == list(range(7))
+    (chosen,) = [row for row in rows.values() if row["marked"]]
+    assert int(chosen["k"]) == plan["k"]
+    assert chosen["holds"] == ["yes", "yes", "yes"]
+    assert rows["0"]["holds"] == ["yes", "yes", "no: device"]
     assert "--prompt-tokens" in out
 
     picture = tmp_path / "plan.png"
     cli("plan", str(record), *PLAN, "--device-memory", static_and_half, "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def _table(out: str) -> dict[str, dict]:
+    """Rows of the printed table, by k."""
+    rows = {}
+    for line in out.splitlines():
+        cells = [cell for cell in line.split("  ") if cell.strip()]
+        cells = [cell.strip() for cell in cells]
+        marked = cells[:1] == ["->"]
+        cells = cells[marked:]
+        if len(cells) == 11 and cells[1].isdigit():
+            rows[cells[1]] = {"k": cells[1], "marked": marked, "holds": cells[8:]}
+    return rows
 
 
 def _half_resident_bytes(record) -> str:
