@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.environment import RESULTS, Provenance, note
 from benchmarks.gpu_bench import BLOCK_TOKENS, Budget, Rig, open_rig
+from benchmarks.gpu_bus import bus
 from benchmarks.gpu_floor import floor, floor_lines, gpu_facts
 from benchmarks.gpu_law import law
 from benchmarks.gpu_models import SHAPES, Shape, random_model
@@ -136,6 +137,9 @@ def run(rig: Rig, shapes: list[Shape], report: Report) -> None:
         if slots == 2:
             report.section(
                 "leases", 30 * scale, lambda: leases(rig, shapes[0], random_model(shapes[0]))
+            )
+            report.section(
+                "bus", 90 * scale, lambda: bus(rig, shapes[0], seconds=10.0 if on_gpu else 1.0)
             )
     for shape in shapes:
         memory = model_memory(random_model(shape), BLOCK_TOKENS)

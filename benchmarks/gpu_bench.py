@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from select_n_core.config import LinkConfig
+from select_n_core.config import BusConfig, LinkConfig
 from select_n_core.decisions.layout import arena_bytes_for
 from select_n_core.kv.pick import AttentionKind
 from select_n_core.links.base import Direction, Link
@@ -74,12 +74,13 @@ def open_rig(
     budget: Budget,
     iterations: int,
     graphs: Callable[[], GraphRuntime] | None = None,
+    bus: BusConfig | None = None,
 ) -> Iterator[Rig]:
     """The rig for a link of this kind; `bandwidth` in bytes/s is an emulated link's."""
     config = (
-        LinkConfig(kind="cuda")
+        LinkConfig(kind="cuda", bus=bus)
         if kind == "cuda"
-        else LinkConfig(kind="emulated", bandwidth=bandwidth)
+        else LinkConfig(kind="emulated", bandwidth=bandwidth, bus=bus)
     )
     link, device = open_link(config)
     try:

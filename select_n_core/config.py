@@ -18,10 +18,12 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from select_n_core.decisions.policy import Policy, PolicyKind
 from select_n_core.errors import ConfigError
 from select_n_core.quantities import Bytes, BytesPerSecond, Seconds
 from select_n_core.slo import SLO
@@ -61,12 +63,29 @@ Interval = Annotated[
 ]
 
 
+class BusConfig(_Strict):
+    """What the links of several replicas on a machine share, as PCIe devices share a root.
+
+    Attributes:
+        name: replicas of the same user, machine and name share the bus.
+        bandwidth: of the whole bus, each direction; an emulated one's, and as much as the link's
+            where it is not given.
+        coordinated: whether this replica shares the bus out with the others. False leaves it to
+            whoever copies most.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    bandwidth: Annotated[BytesPerSecond, Field(gt=0)] | None = None
+    coordinated: bool = True
+
+
 class LinkConfig(_Strict):
     """The host-device path of a replica."""
 
     kind: Literal["emulated", "cuda"]
     bandwidth: Annotated[BytesPerSecond, Field(gt=0)] | None = None
     latency: Annotated[Seconds, Field(ge=0)] = 0.0
+    bus: BusConfig | None = None
 
     @model_validator(mode="after")
     def _bandwidth_is_set_or_measured(self) -> LinkConfig:
@@ -74,7 +93,16 @@ class LinkConfig(_Strict):
             raise ValueError("an emulated link needs `bandwidth`, for example 1GB/s")
         if self.kind == "cuda" and (self.bandwidth is not None or self.latency):
             raise ValueError("a cuda link is measured; remove `bandwidth` and `latency`")
+        if self.kind == "cuda" and self.bus is not None and self.bus.bandwidth is not None:
+            raise ValueError("the bus of a cuda link is measured; remove `bus.bandwidth`")
         return self
+
+    @property
+    def bus_bytes_per_s(self) -> float | None:
+        """The whole bus's bandwidth where it is emulated; None where it is measured or none."""
+        if self.bus is None or self.kind == "cuda":
+            return None
+        return self.bus.bandwidth or self.bandwidth
 
 
 class SLOConfig(_Strict):
@@ -82,10 +110,20 @@ class SLOConfig(_Strict):
 
     tpot: Annotated[Seconds, Field(gt=0)]
     ttft: Annotated[Seconds, Field(gt=0)] = 2.0
+    max_wait: Annotated[Seconds, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _nobody_waits_in_vain(self) -> SLOConfig:
+        if self.max_wait is not None and self.max_wait > self.ttft:
+            raise ValueError(
+                f"max_wait ({self.max_wait:g} s) is above ttft ({self.ttft:g} s): who waited so "
+                "long has missed the first token; lower it or leave it out"
+            )
+        return self
 
     def targets(self) -> SLO:
         """The targets as the plain fact that decisions take."""
-        return SLO(tpot_s=self.tpot, ttft_s=self.ttft)
+        return SLO(tpot_s=self.tpot, ttft_s=self.ttft, max_wait_s=self.max_wait)
 
 
 class ReplicasConfig(_Strict):
@@ -111,6 +149,17 @@ class WorkloadConfig(_Strict):
     rate: Annotated[float, Field(gt=0)] | None = None
 
 
+class ComputeConfig(_Strict):
+    """What computes in the place of the device: a record's times, without weights (paced)."""
+
+    kind: Literal["paced"]
+    record: Annotated[str, Field(min_length=1)]
+
+
+def _policy(value: object) -> str:
+    return str(Policy.parse(str(value)))
+
+
 class ModelConfig(_Strict):
     """One model: where it comes from, what it may use, what it must promise."""
 
@@ -122,6 +171,7 @@ class ModelConfig(_Strict):
     host_kv: Annotated[Bytes, Field(ge=0)] = 0
     link: LinkConfig
     slo: SLOConfig
+    policy: Annotated[str, BeforeValidator(_policy)] = "select_n"
     interval: Interval = "auto"
     units: UnitKind = "layer"
     slots: Annotated[int, Field(ge=1, le=8)] = 2
@@ -129,6 +179,7 @@ class ModelConfig(_Strict):
     max_step_tokens: Annotated[int, Field(ge=16, le=16384)] = 256
     block_tokens: Literal[16, 32, 64, 128, 256] = 32
     max_queue: Annotated[int, Field(ge=1)] = 64
+    compute: ComputeConfig | None = None
     engine: Literal["process", "inline"] = "process"
     replicas: ReplicasConfig = ReplicasConfig()
     workload: WorkloadConfig = WorkloadConfig()
@@ -139,6 +190,34 @@ class ModelConfig(_Strict):
             raise ValueError(
                 f"host_kv ({self.host_kv} bytes) is a part of host_memory ({self.host_memory} "
                 "bytes) and cannot be more; lower it or raise host_memory"
+            )
+        return self
+
+    @field_validator("interval")
+    @classmethod
+    def _one_decides_k(cls, interval: Interval, info: ValidationInfo) -> Interval:
+        policy = info.data.get("policy", "select_n")
+        if interval != "auto" and policy != "select_n":
+            raise ValueError(
+                f"policy {policy} decides it, so that interval {interval} has no effect; remove "
+                "one of the two, or write policy: static:N"
+            )
+        return interval
+
+    @model_validator(mode="after")
+    def _flexgen_knows_the_load(self) -> ModelConfig:
+        if self.policy == PolicyKind.FLEXGEN and self.workload.rate is None:
+            raise ValueError(
+                "policy flexgen is fitted to the mean load; set workload.rate (requests per second)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _paced_link(self) -> ModelConfig:
+        if self.compute is not None and self.link.kind != "emulated":
+            raise ValueError(
+                f"compute.kind paced needs an emulated link, link.kind is {self.link.kind}; "
+                "set link.kind: emulated with a bandwidth, or remove compute"
             )
         return self
 

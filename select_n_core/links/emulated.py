@@ -1,8 +1,9 @@
 """The emulated link: real copies by a worker thread, paced to a bandwidth and a latency.
 
 The device is an arena in host memory. A worker per direction copies for real, then holds the
-copy back until the time it would have taken at the configured rate. Pacing keeps an absolute
-timeline, so a late wake-up of the worker does not add up.
+copy back until the time it would have taken at the configured rate, or on a bus that it shares
+with other links. Pacing keeps an absolute timeline, so a late wake-up of the worker does not add
+up.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from select_n_core.links.base import (
     Registry,
     check_shapes,
 )
+from select_n_core.links.pacer import Pacer
 
 
 class EmulatedEvent:
@@ -73,23 +75,36 @@ class EmulatedCopy:
 
 
 class EmulatedLink:
-    """A link whose copies take `latency_s + bytes / bytes_per_s`.
+    """A link whose copies take `latency_s + bytes / bytes_per_s`, or longer on a bus in use.
 
     Args:
         bytes_per_s: of each direction.
         latency_s: of each copy.
+        pacer: the bus that this link shares; it is closed with the link.
+        sample_bytes: only the first so many bytes of a copy are copied, all are paced and counted.
+            For *paced* runs, whose weights nobody computes with. None copies everything.
     """
 
     kind = "emulated"
 
-    def __init__(self, bytes_per_s: float, latency_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        bytes_per_s: float,
+        latency_s: float = 0.0,
+        pacer: Pacer | None = None,
+        sample_bytes: int | None = None,
+    ) -> None:
         if not bytes_per_s > 0 or latency_s < 0:
             raise LinkError(
                 f"an emulated link needs a bandwidth above 0 and a latency of 0 or more, "
                 f"got {bytes_per_s} bytes/s and {latency_s} s"
             )
+        if sample_bytes is not None and sample_bytes < 0:
+            raise LinkError(f"sample_bytes must be 0 or more, got {sample_bytes}")
         self.bytes_per_s = bytes_per_s
         self.latency_s = latency_s
+        self.pacer = pacer
+        self.sample_bytes = sample_bytes
         self.counters = LinkCounters()
         self._registry = Registry()
         self._workers: dict[Direction, _Worker] = {}
@@ -123,13 +138,17 @@ class EmulatedLink:
             if not isinstance(event, EmulatedEvent):
                 raise LinkError("this event was made by another link")
             events.append(event)
-        copy = EmulatedCopy(target, source, tuple(events), time.perf_counter())
+        copy = EmulatedCopy(target, source, tuple(events), self.now_s())
         if direction not in self._workers:
             self._workers[direction] = _Worker(self, direction)
         self._workers[direction].queue.put(copy)
         self.counters.bytes[direction, kind] += source.numel()
         self.counters.copies[direction, kind] += 1
         return copy
+
+    def now_s(self) -> float:
+        """When compute does what the host does now, on the perf_counter clock."""
+        return time.perf_counter()
 
     def move(self, target: Tensor, source: Tensor) -> None:
         """See `Link.move`."""
@@ -139,7 +158,7 @@ class EmulatedLink:
     def compute_event(self) -> EmulatedEvent:
         """See `Link.compute_event`: the host is the compute stream, so it happens now."""
         event = EmulatedEvent()
-        event.set(time.perf_counter())
+        event.set(self.now_s())
         return event
 
     def wait(self, copy: Copy) -> None:
@@ -165,6 +184,8 @@ class EmulatedLink:
         for worker in self._workers.values():
             worker.thread.join()
         self._workers.clear()
+        if self.pacer is not None:
+            self.pacer.close()
 
 
 class _Worker:
@@ -173,6 +194,7 @@ class _Worker:
     def __init__(self, link: EmulatedLink, direction: Direction) -> None:
         self.queue: queue.Queue[EmulatedCopy | None] = queue.Queue()
         self._link = link
+        self._direction = direction
         self._free_s = 0.0  # when the link is idle again, on its own timeline
         self.thread = threading.Thread(
             target=self._run, name=f"select-n-link-{direction}", daemon=True
@@ -197,11 +219,25 @@ class _Worker:
             event.wait()
             ready_s = max(ready_s, event.at_s)
         copy.started_s = max(ready_s, self._free_s)
-        paced_s = self._link.latency_s + copy.source.numel() / self._link.bytes_per_s
-        # numpy and not torch: a plain memcpy, off torch's thread pool and without the GIL
-        np.copyto(copy.target.numpy(), copy.source.numpy())
-        end_s = max(copy.started_s + paced_s, time.perf_counter())
+        end_s = self._carried_s(copy)
         while (left_s := end_s - time.perf_counter()) > 0:
             time.sleep(left_s)
         self._free_s = end_s
         copy.ended.set(end_s)
+
+    def _carried_s(self, copy: EmulatedCopy) -> float:
+        """Copy for real; when the copy ends, which on a bus is known only once it has."""
+        link, nbytes = self._link, copy.source.numel()
+        if link.pacer is not None:
+            link.pacer.start(self._direction, nbytes, copy.started_s, link.bytes_per_s)
+        # numpy and not torch: a plain memcpy, off torch's thread pool and without the GIL
+        most = link.sample_bytes
+        np.copyto(copy.target.numpy()[:most], copy.source.numpy()[:most])
+        copied_s = time.perf_counter()
+        if link.pacer is not None:
+            paced_s = link.pacer.wait(self._direction)
+        else:
+            paced_s = copy.started_s + nbytes / link.bytes_per_s
+        if most is not None:  # a sample is there at once, whenever the worker woke up
+            return paced_s + link.latency_s
+        return max(paced_s + link.latency_s, copied_s)

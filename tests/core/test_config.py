@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from select_n_core.config import BUILDER, ModelConfig, load_config, parse_args, parse_config
-from select_n_core.errors import ConfigError
+from select_n_core.errors import ConfigError, InputError
 from select_n_core.slo import SLO
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
@@ -74,6 +74,42 @@ class TestQuickstart:
         assert pickle.loads(pickle.dumps(model())) == model()
 
 
+class TestSLO:
+    def test_one_waits_until_its_first_token_is_due_unless_said_otherwise(self):
+        assert model().slo.targets().max_wait_s is None
+        assert model().slo.targets().longest_wait_s == 2.0
+        patient = model(slo={"tpot": "100ms", "ttft": "2s", "max_wait": "500ms"}).slo.targets()
+        assert patient == SLO(tpot_s=0.1, ttft_s=2.0, max_wait_s=0.5)
+        assert patient.longest_wait_s == 0.5
+
+    def test_one_may_not_have_to_wait_at_all(self):
+        assert model(slo={"tpot": "100ms", "max_wait": 0}).slo.targets().longest_wait_s == 0
+
+    def test_nobody_waits_for_a_first_token_that_is_late(self):
+        error = refusal(document(slo={"tpot": "100ms", "ttft": "2s", "max_wait": "3s"}))
+        assert error.field == f"{MODEL}.slo"
+        assert "max_wait (3 s) is above ttft (2 s)" in str(error)
+        with pytest.raises(InputError, match="max_wait_s must be between 0 and ttft_s") as caught:
+            SLO(tpot_s=0.1, ttft_s=2.0, max_wait_s=3.0)
+        assert caught.value.field == "max_wait_s"
+
+
+class TestPolicy:
+    @pytest.mark.parametrize("written", ["select_n", "fetch_all", "resident", "static:2.5"])
+    def test_what_it_may_be(self, written):
+        assert model(policy=written).policy == written
+
+    def test_ours_is_the_one_unless_said_otherwise(self):
+        assert model().policy == "select_n"
+
+    def test_flexgen_is_fitted_to_a_load(self):
+        assert model(policy="flexgen", workload={"rate": 2}).policy == "flexgen"
+
+    def test_compute_is_real_unless_a_record_paces_it(self):
+        assert model().compute is None
+        assert model(compute=PACED).compute.record == "record.json"
+
+
 class TestInterval:
     @pytest.mark.parametrize(
         ("written", "read"),
@@ -96,6 +132,7 @@ class TestInterval:
 
 
 EMULATED, CUDA = {"kind": "emulated"}, {"kind": "cuda"}
+PACED = {"kind": "paced", "record": "record.json"}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +170,15 @@ EMULATED, CUDA = {"kind": "emulated"}, {"kind": "cuda"}
         ({"replicas": {"min": 3, "max": 1}}, "replicas", "min (3) is above max (1)"),
         ({"workload": {"rate": 0}}, "workload.rate", "greater than 0, got 0"),
         ({"workload": {"rate": math.inf}}, "workload.rate", "finite number"),
+        ({"policy": "zero"}, "policy", "flexgen, resident or static:N with a number N of 1"),
+        ({"policy": "static:0.5"}, "policy", "got 'static:0.5'"),
+        ({"policy": None}, "policy", "got 'None'"),
+        ({"policy": "resident", "interval": 2}, "interval", "policy resident decides it"),
+        ({"policy": "flexgen"}, "", "set workload.rate (requests per second)"),
+        ({"compute": {"kind": "paced"}}, "compute.record", "Field required"),
+        ({"compute": PACED | {"kind": "fast"}}, "compute.kind", "'paced', got 'fast'"),
+        ({"compute": PACED | {"speed": 2}}, "compute.speed", "unknown field"),
+        ({"compute": PACED, "link": CUDA}, "", "compute.kind paced needs an emulated link"),
     ],
 )
 def test_a_broken_field_of_a_model_is_named(fields, field, says):

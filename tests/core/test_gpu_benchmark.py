@@ -45,6 +45,12 @@ def test_all_sections_are_measured_in_one_run(tmp_path):
     assert lease["mirrored"] == [1, 3]
     assert lease["host_bytes"][1] == 3 * lease["host_bytes"][0]
     assert lease["offer"]["iterations"] >= 2
+    together = found["bus"][0]
+    assert len(together["replicas"]) == 2
+    assert all(each["iterations"] >= 2 for each in together["replicas"])
+    assert all(0 < each["mean_k"] <= 6 for each in together["replicas"])
+    assert 0 < together["moved_bytes_per_s"] <= 2e9 * 1.1
+    assert together["share"] > 0
     peers = {part["peer"]: part for part in found["peers"]}
     assert peers["accelerate"]["cpu_offload"]["iteration_s"] > 0
     assert peers["flexgen"]["status"] == "serves OPT only"

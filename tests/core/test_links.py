@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from select_n_core.links.base import Copy, Direction, Event, Link
 from select_n_core.links.cuda import CudaLink, CudaRuntime
 from select_n_core.links.emulated import EmulatedEvent, EmulatedLink
 from select_n_core.links.open import open_link
+from select_n_core.links.pacer import Pacer
 from select_n_core.memory.host import HostMap
 
 torch.set_num_threads(1)
@@ -61,8 +63,8 @@ class Rig:
             self.pass_time(1e-3)
 
 
-def emulated_rig() -> Rig:
-    link = EmulatedLink(bytes_per_s=2e9)
+def emulated_rig(pacer: Pacer | None = None) -> Rig:
+    link = EmulatedLink(bytes_per_s=2e9, pacer=pacer)
 
     def hold() -> Held:
         event = EmulatedEvent()
@@ -99,12 +101,22 @@ def cuda_rig() -> Rig:
     )
 
 
-@pytest.fixture(params=["emulated", "fake", pytest.param("cuda", marks=pytest.mark.gpu)])
-def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Of mapped files."""
+    path = tmp_path / "run"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@pytest.fixture(params=["emulated", "bus", "fake", pytest.param("cuda", marks=pytest.mark.gpu)])
+def rig(request: pytest.FixtureRequest, directory: Path) -> Iterator[Rig]:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if request.param == "fake":
         rig = fake_rig(FakeCuda())
+    elif request.param == "bus":
+        rig = emulated_rig(Pacer("pcie0", 2e9, directory=directory))
     else:
         rig = {"emulated": emulated_rig, "cuda": cuda_rig}[request.param]()
     yield rig
@@ -333,6 +345,89 @@ def test_a_failed_emulated_copy_is_told_to_whoever_waits_and_the_link_goes_on():
     link.wait(link.copy(device, host, kind="weights"))
     assert torch.equal(device, host)
     link.close()
+
+
+def test_emulated_links_on_one_bus_share_its_bandwidth(directory):
+    links = [EmulatedLink(50e6, pacer=Pacer("pcie0", 50e6, directory=directory)) for _ in range(2)]
+    host, device = torch.ones(500_000, dtype=torch.uint8), torch.zeros(500_000, dtype=torch.uint8)
+    for link in links:
+        link.register(host)
+    copies = [link.copy(device, host, kind="weights") for link in links for _ in range(5)]
+    for link in links:
+        link.drain()
+        link.close()
+    begun_s = min(copy.started_s for copy in copies)
+    assert max(copy.ended.at_s for copy in copies) - begun_s >= 10 * 0.01 * 0.999
+    assert copies[4].ended.at_s > copies[5].started_s  # they did overlap
+    assert max(copy.duration_s() for copy in copies) > 0.015  # alone: 0.01 s
+
+
+def test_on_an_idle_bus_copies_follow_each_other_as_without_one(directory):
+    pacer = Pacer("pcie0", 50e6, directory=directory)
+    link = EmulatedLink(bytes_per_s=50e6, latency_s=1e-3, pacer=pacer)
+    host, device = torch.ones(50_000, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.uint8)
+    link.register(host)
+    copies = [link.copy(device, host, kind="weights") for _ in range(5)]
+    link.drain()
+    link.close()
+    for before, copy in pairwise(copies):
+        assert copy.started_s == before.ended.at_s
+        assert copy.duration_s() >= 2e-3 * 0.999
+    assert copies[-1].ended.at_s - copies[0].started_s < 5 * 2e-3 + 1.0
+
+
+def test_of_a_sampled_copy_the_first_bytes_arrive_and_all_are_paced_and_counted():
+    link = EmulatedLink(bytes_per_s=50e6, sample_bytes=100)
+    host, device = torch.ones(500_000, dtype=torch.uint8), torch.zeros(500_000, dtype=torch.uint8)
+    link.register(host)
+    copy = link.copy(device, host, kind="weights")
+    link.drain()
+    link.close()
+    assert device[:100].all()
+    assert not device[100:].any()
+    assert copy.duration_s() >= 0.01 * 0.999
+    assert link.counters.bytes == {(TO_DEVICE, "weights"): 500_000}
+    with pytest.raises(LinkError, match="sample_bytes must be 0 or more"):
+        EmulatedLink(bytes_per_s=50e6, sample_bytes=-1)
+
+
+def test_a_configured_bus_is_shared_and_given_back(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    bus = {"name": "pcie0", "bandwidth": "1.5GB/s"}
+    first, _ = open_link(LinkConfig(kind="emulated", bandwidth="1GB/s", bus=bus))
+    second, _ = open_link(LinkConfig(kind="emulated", bandwidth="2GB/s", bus=bus))
+    assert (first.bytes_per_s, first.pacer.bytes_per_s) == (1e9, 1.5e9)
+    first.pacer.set_bandwidth(1e8)
+    assert second.pacer.bytes_per_s == 1e8
+    other = {"name": "pcie0", "bandwidth": "3GB/s"}
+    with pytest.raises(LinkError, match="same bandwidth"):
+        open_link(LinkConfig(kind="emulated", bandwidth="1GB/s", bus=other))
+    first.close()
+    second.close()
+    third, _ = open_link(LinkConfig(kind="emulated", bandwidth="1GB/s", bus=other))
+    assert third.pacer.bytes_per_s == 3e9
+    third.close()
+
+
+def test_a_bus_of_no_given_bandwidth_is_as_fast_as_the_link(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    link, _ = open_link(LinkConfig(kind="emulated", bandwidth="1GB/s", bus={"name": "pcie0"}))
+    assert link.pacer.bytes_per_s == 1e9
+    link.close()
+
+
+@pytest.mark.parametrize(
+    ("bus", "reason"),
+    [
+        ({"name": "../up"}, "match pattern"),
+        ({"name": "pcie0", "bandwidth": "-1GB/s"}, "greater than 0"),
+        ({"name": "pcie0", "bandwidth": "1GB/s"}, "remove `bus.bandwidth`"),
+        ({}, "name"),
+    ],
+)
+def test_a_bus_that_cannot_be_is_refused(bus, reason):
+    with pytest.raises(ValueError, match=reason):
+        LinkConfig(kind="cuda", bus=bus)
 
 
 def test_closing_the_emulated_link_ends_its_threads():
