@@ -103,7 +103,7 @@ class Load:
             slots=2,
             clock=lambda: self.now_s,
             swapping=Swapping(HostBook(1000), lambda block: block, 0.2e-3),
-            turning=Turning(k_min=2, k_most=lambda: 20, blocks_at=lambda k: len(self._ids(k))),
+            turning=Turning(2, lambda: 20, tuple(len(self._ids(k)) for k in range(21))),
         )
 
     def iterate(self) -> tuple[float, float, int]:
@@ -117,8 +117,8 @@ class Load:
         for request in requests:
             scheduler.add(request)
         turns = scheduler.next_step()
-        if scheduler.k_next != scheduler.k:
-            self._turn(scheduler.k_next)
+        if scheduler.change is not None:
+            self._turn(scheduler.change.k)
             turns = [turn for turn in turns if scheduler.runs(turn.sequence)]
         took = (
             time.perf_counter() - began[0] - self._apart[0],

@@ -15,7 +15,8 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from deployments.calls import Call, Chunk, Failure, Report
-from select_n_core.errors import SelectNError
+from select_n_core.decisions.facts import Reason
+from select_n_core.errors import OverloadedError, SelectNError
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class HandleBackend:
         if isinstance(cause, BackPressureError):
             retry_after_s = getattr(cause, "retry_after_s", None)
             return Failure(
-                "overloaded",
+                f"{OverloadedError.code}_{Reason.QUEUE}",
                 f"{self._model} is overloaded; retry later",
                 None,
                 retry_after_s or 1.0,

@@ -59,7 +59,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The verdict, before prefill: the call is queued."""
+    """The verdict, before prefill: the call is let in, and has KV memory and a place."""
 
     prompt_tokens: int
 

@@ -126,6 +126,12 @@ def _link(report: Report) -> Iterable[Point]:
         yield {"kind": kind, "direction": direction}, nbytes
 
 
+def _verdicts(report: Report) -> Iterable[Point]:
+    yield {"outcome": "admitted", "reason": ""}, report.stats.admitted
+    for reason, count in report.stats.returned.items():
+        yield {"outcome": "refused", "reason": reason}, count
+
+
 def _preemptions(report: Report) -> Iterable[Point]:
     yield {"way": "swap"}, report.stats.swaps
     yield {"way": "recompute"}, report.stats.recomputes
@@ -192,6 +198,14 @@ REPLICA_SERIES = (
         "Running requests that gave their KV blocks back for a while.",
         _preemptions,
         ("way",),
+        counter=True,
+    ),
+    ReplicaSeries(
+        "select_n.engine.admissions",
+        "{sequence}",
+        "Sequences that the engine let in, and those it returned, by reason.",
+        _verdicts,
+        ("outcome", "reason"),
         counter=True,
     ),
     ReplicaSeries(

@@ -81,13 +81,18 @@ class InfeasibleError(SelectNError):
 
 
 class OverloadedError(SelectNError):
-    """The queue is full; the request was not accepted and may be retried after `retry_after_s`."""
+    """A request was returned, not refused for ever: it may be sent again after `retry_after_s`.
+
+    `reason` is the decision's word for why; the code is `overloaded_` and that word.
+    """
 
     code = "overloaded"
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
+    def __init__(self, message: str, *, reason: str, retry_after_s: float) -> None:
         super().__init__(message)
+        self.reason = reason
         self.retry_after_s = retry_after_s
+        self.code = f"{type(self).code}_{reason}"
 
 
 class LinkError(SelectNError):

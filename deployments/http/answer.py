@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from deployments.calls import Accepted, Backend, Call, Chunk, Delta, Failure
 from deployments.http.errors import FailureError
 from deployments.http.metrics import RequestTimer
-from deployments.http.stream import close_all, merged, watched
+from deployments.http.stream import close_all, firsts, merged, watched
 
 
 class Answer:
@@ -18,6 +18,7 @@ class Answer:
         calls: one per choice.
         choices_per_prompt: how many calls in a row share a prompt.
         stream_timeout_s: silence after which a sequence counts as lost.
+        verdict_s: so much longer a sequence may wait to be let in.
         timer: told of every event.
     """
 
@@ -28,9 +29,12 @@ class Answer:
         *,
         choices_per_prompt: int,
         stream_timeout_s: float,
+        verdict_s: float,
         timer: RequestTimer,
     ) -> None:
-        self._streams = [watched(backend.generate(call), stream_timeout_s) for call in calls]
+        self._streams = [
+            watched(backend.generate(call), stream_timeout_s, verdict_s=verdict_s) for call in calls
+        ]
         self._choices_per_prompt = choices_per_prompt
         self._timer = timer
         self._prompt_tokens = 0
@@ -49,9 +53,9 @@ class Answer:
         """Wait for every sequence's verdict; raises FailureError, and stops all, on a refusal."""
         opened = False
         try:
-            verdicts = await asyncio.gather(*(anext(stream) for stream in self._streams))
-            for number, verdict in enumerate(verdicts):
-                self._count(number, verdict)
+            async with aclosing(firsts(self._streams)) as verdicts:
+                async for number, verdict in verdicts:
+                    self._count(number, verdict)
             self._timer.admitted()
             opened = True
         finally:

@@ -87,7 +87,8 @@ class _Ingress:
     ) -> None:
         self._backends = backends
         self._stream_timeout_s = args.stream_timeout
-        self._metrics = IngressMetrics({m.name: m.slo.targets() for m in args.models}, sinks)
+        self._slos = {model.name: model.slo.targets() for model in args.models}
+        self._metrics = IngressMetrics(self._slos, sinks)
         self._created = int(time.time())
 
     async def chat(self, body: ChatRequest) -> Response:
@@ -150,6 +151,7 @@ class _Ingress:
             body.calls(request_id),
             choices_per_prompt=body.n or 1,
             stream_timeout_s=self._stream_timeout_s,
+            verdict_s=self._slos[body.model].longest_wait_s,
             timer=RequestTimer(self._metrics, body.model, dialect.operation),
         )
         await answer.open()

@@ -14,7 +14,8 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from deployments.calls import Failure
-from select_n_core.errors import InputError
+from select_n_core.decisions.facts import Reason
+from select_n_core.errors import InputError, OverloadedError
 
 _log = logging.getLogger(__name__)
 
@@ -25,10 +26,10 @@ _STATUS = {
     "model_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
-    "overloaded": 429,
     "engine_error": 503,
     "stream_timeout": 503,
     "unavailable": 503,
+    **{f"{OverloadedError.code}_{reason}": 429 for reason in Reason},
 }
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 

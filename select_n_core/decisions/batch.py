@@ -18,7 +18,7 @@ class Batch:
         prompt_tokens: left in all.
         slack_s: of the decoding one that is due first.
         growth: blocks until everyone's expected end.
-        later_shape: of a step in which all decode.
+        later_shape: of a step in which all decode and are at their expected end.
         lowest_rank: of anyone's class, lifted by the time it waited.
     """
 
@@ -44,7 +44,7 @@ class Batch:
         slack_s = float("inf")
         lowest = 1 << 62
         for request in requests:
-            _, known, prompt, due_s, blocks, expected, _, _, rank, waited_s, _ = request
+            _, known, prompt, due_s, blocks, expected, _, _, rank, waited_s, _, _ = request
             if prompt:
                 prompts.append(request)
                 left += prompt
@@ -57,8 +57,9 @@ class Batch:
                     slack_s = due_s
                 prompt = 1
             known += prompt
-            later += known
-            growth += -(-(expected if expected > known else known) // size) - blocks
+            end = expected if expected > known else known
+            later += end
+            growth += -(-end // size) - blocks
             if waited_s >= patience_s:
                 rank += int(waited_s / patience_s)
             if rank < lowest:

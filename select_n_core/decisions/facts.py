@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,6 +24,8 @@ class RequestFacts(NamedTuple):
         most_tokens: prompt and output at most.
         priority: its class; larger goes first.
         waited_s: not running, in all.
+        wait_left_s: until a request that was never let in is returned to its caller; infinite for
+            all others.
     """
 
     id: str
@@ -36,11 +39,17 @@ class RequestFacts(NamedTuple):
     priority: int = 0
     waited_s: float = 0.0
     arrived_s: float = 0.0
+    wait_left_s: float = math.inf
 
     @property
     def next_tokens(self) -> int:
         """In the cache once it has yielded its next token."""
         return self.context_tokens + (self.prompt_left or 1)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it waits and was never let in."""
+        return self.wait_left_s < math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +63,10 @@ class StepState:
         block_copy_s: one block over the link, one way.
         k_min: the least k may become.
         k_up: the next larger k that gives more blocks; None where there is none.
-        blocks_below: that would exist with k one lower.
+        blocks_at: KV blocks that exist at every k; empty where k stands still.
         tpot_s: the promise; a batch that takes longer per step cannot keep it.
-        quiet_s: since a miss was predicted or k turned.
+        calm_s: since a miss was predicted. dwell_s: since k turned.
+        reserve: share by which a step may take longer than predicted.
         levels: weighted tokens served so far, of every tenant with a live request.
     """
 
@@ -74,10 +84,12 @@ class StepState:
     policy: ServicePolicy
     k_min: int = 0
     k_up: int | None = None
-    blocks_below: int = 0
+    blocks_at: tuple[int, ...] = ()
     host_blocks: int = 0
     block_copy_s: float = 0.0
-    quiet_s: float = 0.0
+    calm_s: float = 0.0
+    dwell_s: float = 0.0
+    reserve: float = 0.0
     levels: Mapping[str, float] = field(default_factory=dict)
 
     def blocks_of(self, tokens: int) -> int:
@@ -99,6 +111,45 @@ class Preemption(NamedTuple):
     way: Way
 
 
+class Cause(StrEnum):
+    """Why k turns."""
+
+    TPOT = "tpot"  # somebody's TPOT would be missed
+    LINK = "link"  # the same, because copies take longer than promised steps
+    KV = "kv"  # requests wait for KV blocks, and there is time
+    SPARE = "spare"  # KV blocks in homes that nobody needs
+    LEASE = "lease"  # host memory was revoked
+    ASKED = "asked"  # by a caller
+
+
+class Change(NamedTuple):
+    """A turn of k."""
+
+    k: int
+    cause: Cause
+
+
+class Reason(StrEnum):
+    """Why a request is not let in."""
+
+    KV = "kv"  # the KV blocks it is expected to need are not free
+    TPOT = "tpot"  # with one more row, steps take longer than promised
+    TTFT = "ttft"  # its first token, or that of one let in before, would be late
+    QUEUE = "queue"  # no place in the batch, or others come before it
+
+
+class Refusal(NamedTuple):
+    """A waiting request that is returned to its caller.
+
+    Attributes:
+        fits_in_s: until it would be let in, as far as one can tell, if nobody else came.
+    """
+
+    id: str
+    reason: Reason
+    fits_in_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class StepDecision:
     """What happens in this step, in this order.
@@ -109,13 +160,16 @@ class StepDecision:
         admit: waiting requests that hold KV blocks from now on, in order. Those with a cache in
             host memory get it back during this step and have no row in it.
         rows: (request, new tokens) of this step, decoding rows first.
-        k_next: units streamed from this step on.
+        change: what k turns to from this step on, and why; None leaves it.
         missed: whether somebody's next token is predicted to be late.
+        refuse: waiting requests that were never let in and waited for as long as they may, or
+            whose first token comes too late whatever is done.
     """
 
     preempt: tuple[Preemption, ...]
     fail: tuple[str, ...]
     admit: tuple[str, ...]
     rows: tuple[tuple[str, int], ...]
-    k_next: int
+    change: Change | None
     missed: bool
+    refuse: tuple[Refusal, ...] = ()

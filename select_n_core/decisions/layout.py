@@ -90,6 +90,12 @@ class DeviceLayout:
         end = self.lattice_blocks if k == 0 else self.ring_id
         return range(self.first_ids[k - self.k_min], end)
 
+    @property
+    def blocks_at(self) -> tuple[int, ...]:
+        """KV blocks at every k up to k_max; none below k_min."""
+        at = [len(self.kv_ids(k)) for k in range(self.k_min, self.k_max + 1)]
+        return (0,) * self.k_min + tuple(at)
+
 
 def device_layout(
     memory: ModelMemory, arena_bytes: int, k_min: int, slots: int, k_max: int | None = None

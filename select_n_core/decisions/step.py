@@ -9,15 +9,20 @@ not help, the last in service order gives its place back.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from select_n_core.decisions.admission import Admission, admit
 from select_n_core.decisions.batch import Batch
-from select_n_core.decisions.facts import RequestFacts, StepDecision, StepState
+from select_n_core.decisions.facts import Cause, Change, RequestFacts, StepDecision, StepState
+from select_n_core.decisions.interval import fewer_in_danger, fewer_to_spare
 from select_n_core.decisions.latency import LatencyModel
-from select_n_core.decisions.pace import Pace, pace_of
+from select_n_core.decisions.pace import Pace, pace_of, with_prompt
 from select_n_core.decisions.preemption import decode_shape, preempted
+from select_n_core.decisions.refusal import refuse
 from select_n_core.decisions.service import ServiceOrder
 
-_SLOWER = 1.001  # a step must be more than this slower to count as slower
+_SPARE = 1.01  # times what decoding alone takes: beyond it there is time to spend
 
 
 def plan_step(state: StepState, model: LatencyModel) -> StepDecision:
@@ -29,10 +34,8 @@ def plan_step(state: StepState, model: LatencyModel) -> StepDecision:
     if victims:
         batch = _without(batch, victims, state)
     missed = _misses(state, batch, pace)
-    k_next = state.k
-    if missed and _may_promote(state, batch, pace, model):
-        k_next -= 1
-    elif missed and (slow := _to_be_in_time(state, batch, pace, order)):
+    change = fewer_in_danger(state, batch, pace, model) if missed else None
+    if change is None and missed and (slow := _to_be_in_time(state, batch, pace, order)):
         victims += slow
         batch = _without(batch, slow, state)
     if victims:  # what came free is needed now; who comes next is decided without haste
@@ -42,13 +45,21 @@ def plan_step(state: StepState, model: LatencyModel) -> StepDecision:
         if came.evicted:
             victims = came.evicted
             batch = _without(batch, victims, state)
+        if came.k_up is not None:
+            change = Change(came.k_up, Cause.KV)
+        elif change is None and not victims and not came.admitted:
+            change = fewer_to_spare(state, batch, pace, model)
+    if victims:
+        freed = sum(victim.blocks for victim in victims)
+        state = replace(state, free_blocks=state.free_blocks + freed)
     return StepDecision(
         preempt=preempted(victims, batch.shape, state, model) if victims else (),
         fail=tuple(came.fail),
         admit=tuple(request.id for request in came.admitted),
         rows=tuple(_rows(state, batch, came, pace, order)),
-        k_next=k_next if came.k_up is None else came.k_up,
+        change=change,
         missed=missed,
+        refuse=refuse(state, batch, came, pace, order),
     )
 
 
@@ -91,17 +102,6 @@ def _misses(state: StepState, batch: Batch, pace: Pace) -> bool:
     return took_s > state.tpot_s and batch.slack_s < took_s
 
 
-def _may_promote(state: StepState, batch: Batch, pace: Pace, model: LatencyModel) -> bool:
-    """Whether one unit less over the link makes steps faster and leaves everyone room to end."""
-    if state.k <= state.k_min:
-        return False
-    faster = pace_of(model, state.k - 1, state.slots)
-    if faster.step_s(batch.shape) * _SLOWER >= pace.step_s(batch.shape):
-        return False
-    most = max(request.most_tokens for request in (*batch.requests, *state.waiting))
-    return state.blocks_of(most) <= state.blocks_below
-
-
 def _to_be_in_time(
     state: StepState, batch: Batch, pace: Pace, order: ServiceOrder
 ) -> list[RequestFacts]:
@@ -129,25 +129,47 @@ def _rows(
     prompts = batch.prompts + [each for each in came.admitted if not each.context_tokens]
     if not prompts:
         return rows
-    budget = _prompt_budget(state, batch, pace)
+    shape, taken = batch.shape, 0
+    limit = state.max_step_tokens - shape.decode_rows
+    alone_s = pace.step_s(shape)
+    budget_s = _slack_s(state, batch, alone_s) / (1 + state.reserve)
+    hopeless = alone_s >= state.tpot_s  # slack will not come back by itself
     for request in sorted(prompts, key=order.key):
-        room = (request.blocks + free) * size - request.context_tokens
-        tokens = min(request.prompt_left, budget, room)
-        if tokens <= 0:
+        context = request.context_tokens
+        room = (request.blocks + free) * size - context
+        most = min(request.prompt_left, limit - taken, room)
+        if most <= 0:
             continue
-        rows.append((request.id, tokens))
-        budget -= tokens
-        free -= max(0, state.blocks_of(request.context_tokens + tokens) - request.blocks)
+        tokens = most
+        if batch.decoding:
+            tokens = pace.tokens_within(shape, budget_s, most, context)
+            if tokens < most and budget_s < _SPARE * alone_s:
+                # What the copies hide costs nobody anything; more time than that hides more.
+                least = pace.free_tokens(batch.shape, limit)
+                if hopeless:  # a broken promise is no reason to starve the queue
+                    least = max(least, state.least_chunk)
+                tokens = max(tokens, min(most, least - taken))
+        if tokens:
+            rows.append((request.id, tokens))
+        if tokens < most:  # there is no more time
+            break
+        shape = with_prompt(shape, tokens, context)
+        taken += tokens
+        free -= max(0, state.blocks_of(context + tokens) - request.blocks)
     return rows
 
 
-def _prompt_budget(state: StepState, batch: Batch, pace: Pace) -> int:
-    limit = max(0, state.max_step_tokens - batch.shape.decode_rows)
-    if not batch.decoding:
-        return limit
-    within = pace.tokens_within(batch.shape, batch.slack_s, limit)
-    if within >= state.least_chunk:
-        return within
-    # A broken promise is no reason to starve the queue: free tokens, or a little progress.
-    free = pace.free_tokens(batch.shape, limit)
-    return min(limit, max(within, free, state.least_chunk))
+def _slack_s(state: StepState, batch: Batch, alone_s: float) -> float:
+    """Of the decoding request that is due first, among those whose TPOT can still be kept."""
+    gain_s = state.tpot_s - alone_s
+    if batch.slack_s >= alone_s or gain_s <= 0:
+        return batch.slack_s
+    return min(
+        (
+            request.slack_s
+            for request in batch.decoding
+            if request.slack_s
+            >= state.tpot_s - (request.most_tokens - request.context_tokens) * gain_s
+        ),
+        default=math.inf,
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from select_n_core.config import ModelConfig
 from select_n_core.decisions.candidate import decode_shape
@@ -13,11 +16,14 @@ from select_n_core.decisions.order import offload_order
 from select_n_core.decisions.plan import capacity_tokens
 from select_n_core.engine.engine import Engine
 from select_n_core.engine.messages import EngineInfo
+from select_n_core.engine.online import OnlineModel
 from select_n_core.engine.planning import Prepared, prepare
 from select_n_core.engine.residence import Swapping
 from select_n_core.engine.scheduler import Limits, Scheduler, Turning
 from select_n_core.kv.swap import HostBlocks
-from select_n_core.links.open import open_link
+from select_n_core.links.base import Link
+from select_n_core.links.open import join_bus, open_link
+from select_n_core.links.paced import Timeline
 from select_n_core.memory.available import (
     available_device_bytes,
     available_host_bytes,
@@ -25,8 +31,10 @@ from select_n_core.memory.available import (
 )
 from select_n_core.memory.shared import SharedMaps, UnitMaps
 from select_n_core.models.load import load_model
+from select_n_core.models.paced import ANY_TOKEN, paced_model
 from select_n_core.offload.executor import Executor
 from select_n_core.offload.graphs import Graphs
+from select_n_core.offload.paced import PacedExecutor
 from select_n_core.offload.placement import Placement
 from select_n_core.profiling.fingerprint import weights_key
 from select_n_core.profiling.measure import Progress
@@ -39,28 +47,18 @@ def build_engine(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Engine, EngineInfo]:
-    """Build the engine of one replica; see `prepare` for what it raises."""
-    link, device = open_link(config.link)
+    """Build the engine of one replica; see `prepare` for what it raises.
+
+    Where `config.compute` paces it, nothing but the record is needed: no weights, no tokenizer.
+    """
+    timeline = None if config.compute is None else Timeline()
+    link, device = open_link(config.link, timeline)
     try:
         prepared = prepare(config, progress)
         plan = prepared.plan
-        wait_for_bytes(
-            f"device_memory of model {config.name}",
-            config.device_memory,
-            lambda: available_device_bytes(device),
-            deadline_s=_MEMORY_DEADLINE_S,
-        )
-        key = weights_key(prepared.directory, config.dtype, config.units)
-        maps = UnitMaps(SharedMaps(), key)
-        own_bytes = config.host_kv + maps.missing_bytes(_mirrored_units(prepared))
-        if own_bytes:
-            wait_for_bytes(
-                f"host memory of model {config.name}",
-                own_bytes,
-                available_host_bytes,
-                deadline_s=_MEMORY_DEADLINE_S,
-            )
-        model = prepared.loaded or load_model(prepared.directory, config.dtype, config.units)
+        maps = UnitMaps(SharedMaps(), _weights_key(prepared))
+        if timeline is None:  # paced memory is never touched
+            _wait_for_memory(prepared, device, maps)
         placement = Placement(
             arena_bytes=config.device_memory,
             k=plan.k,
@@ -69,14 +67,15 @@ def build_engine(
             mirrors=plan.mirrors,
             slots=plan.slots,
             block_tokens=config.block_tokens,
-            threads=prepared.record.streaming.threads,
-            resident_threads=_resident_threads(prepared),
+            threads=prepared.record.streaming.threads if timeline is None else 1,
+            resident_threads=_resident_threads(prepared) if timeline is None else 1,
             graphs=Graphs.RESIDENT if device.type == "cuda" else Graphs.OFF,
         )
-        executor = Executor(model, placement, link, device, maps)
-        model.release_source()
+        executor = _placed(prepared, placement, link, device, maps, timeline)
+        executor.model.release_source()
         block_bytes = executor.memory.kv_block_bytes
         host_blocks = HostBlocks(config.host_kv // block_bytes, block_bytes, link)
+        bus = None if prepared.fixed else join_bus(config.link, prepared.record.link_bytes_per_s)
     except BaseException:
         link.close()
         raise
@@ -86,7 +85,7 @@ def build_engine(
             max_step_tokens=config.max_step_tokens,
             max_queue=config.max_queue,
             max_tokens=capacity_tokens(plan, prepared.inputs),
-            vocab_size=model.vocab_size,
+            vocab_size=executor.model.vocab_size if timeline is None else ANY_TOKEN,
             expected_output=config.workload.output_tokens,
         ),
         slo=config.slo.targets(),
@@ -103,11 +102,18 @@ def build_engine(
         turning=Turning(
             k_min=plan.k_min,
             k_most=lambda: min(executor.m, executor.cap),
-            blocks_at=lambda k: len(executor.layout.kv_ids(k)),
+            blocks_at=executor.layout.blocks_at,
         ),
     )
-    eos = eos_token_ids(prepared.directory)
-    engine = Engine(executor, scheduler, eos, clock, host_blocks)
+    eos = () if prepared.directory is None else eos_token_ids(prepared.directory)
+    online = OnlineModel(
+        prepared.inputs.latency,
+        plan.slots,
+        executor.memory.slot_bytes,
+        bus,
+        corrected=not prepared.fixed,
+    )
+    engine = Engine(executor, scheduler, eos, clock, host_blocks, online)
     return engine, _info(prepared, engine, eos)
 
 
@@ -121,6 +127,54 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (int(eos),)
     return ()
+
+
+def _weights_key(prepared: Prepared) -> str:
+    """Names the mirrors that replicas of this model share."""
+    if prepared.directory is None:
+        said = prepared.record.model_dump_json().encode()
+        return f"paced {hashlib.sha256(said).hexdigest()[:24]}"
+    config = prepared.config
+    return weights_key(prepared.directory, config.dtype, config.units)
+
+
+def _wait_for_memory(prepared: Prepared, device: torch.device, maps: UnitMaps) -> None:
+    """Until a predecessor has given device and host memory back."""
+    config = prepared.config
+    wait_for_bytes(
+        f"device_memory of model {config.name}",
+        config.device_memory,
+        lambda: available_device_bytes(device),
+        deadline_s=_MEMORY_DEADLINE_S,
+    )
+    own_bytes = config.host_kv + maps.missing_bytes(_mirrored_units(prepared))
+    if own_bytes:
+        wait_for_bytes(
+            f"host memory of model {config.name}",
+            own_bytes,
+            available_host_bytes,
+            deadline_s=_MEMORY_DEADLINE_S,
+        )
+
+
+def _placed(
+    prepared: Prepared,
+    placement: Placement,
+    link: Link,
+    device: torch.device,
+    maps: UnitMaps,
+    timeline: Timeline | None,
+) -> Executor:
+    """The model in its arena: real, or paced on `timeline`."""
+    if timeline is not None:
+        paced = paced_model(prepared.record, placement.slots, timeline)
+        return PacedExecutor(paced, placement, link, timeline, maps)
+    config = prepared.config
+    model = prepared.loaded
+    if model is None:
+        assert prepared.directory is not None
+        model = load_model(prepared.directory, config.dtype, config.units)
+    return Executor(model, placement, link, device, maps)
 
 
 def _mirrored_units(prepared: Prepared) -> dict[int, int]:
@@ -151,6 +205,7 @@ def _info(prepared: Prepared, engine: Engine, eos: tuple[int, ...]) -> EngineInf
         predicted_tpot_s=plan.predicted_tpot_s,
         predicted_iteration_s=inputs.latency.iteration_s(one, plan.k, plan.slots),
         link_kind=executor.link.kind,
+        compute_kind="real" if prepared.config.compute is None else prepared.config.compute.kind,
         link_bytes_per_s=prepared.record.link_bytes_per_s,
         eos_token_ids=eos,
     )

@@ -26,7 +26,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the client's to handle
     threading.Thread(target=_follow_the_client, name="lifeline", daemon=True).start()
     connection = Connection(int(sys.argv[1]))
-    run_engine(connection.recv(), connection)
+    try:
+        config = connection.recv()
+    except EOFError:
+        return  # closed before it was told what to be
+    run_engine(config, connection)
 
 
 if __name__ == "__main__":

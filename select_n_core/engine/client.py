@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -26,12 +28,14 @@ from select_n_core.engine.messages import (
     Request,
     Revocation,
     StepReport,
+    Turned,
 )
 from select_n_core.errors import EngineError, OverloadedError, RequestError, SelectNError
 
 _log = logging.getLogger(__name__)
 _SILENCE_S = 60.0  # an engine that reports nothing for this long is stuck; idle ones report often
 _LEAVE_S = 5.0
+_MOST_TURNS = 256  # of k, kept for whoever asks
 
 
 class EngineClient(Protocol):
@@ -46,17 +50,24 @@ class EngineClient(Protocol):
         ...
 
     def generate(self, request: Request) -> AsyncIterator[Output]:
-        """Submit `request` and stream its outputs; the first one, empty, says it was accepted.
+        """Submit `request` and stream its outputs; the first one, empty, says it was let in.
+
+        A request that does not fit waits for that first output as long as its class lets it.
 
         Raises:
             RequestError: it can never fit, or is malformed; nothing was queued.
-            OverloadedError: the queue is full.
+            OverloadedError: it was not let in while it could wait, or the queue is full; it says
+                why and when to come again.
             EngineError: the engine is not running.
         """
         ...
 
     def stats(self) -> EngineStats:
         """The most recent step's statistics, at once."""
+        ...
+
+    def turns(self) -> tuple[Turned, ...]:
+        """The last turns of k, each with its cause."""
         ...
 
     def offer(self, nbytes: int) -> None:
@@ -94,6 +105,7 @@ class _ConnectedClient:
         self._revocation_ids = itertools.count()
         self._quiet = asyncio.Event()  # set when the last live request ends
         self._stats = EngineStats()
+        self._turns: deque[Turned] = deque(maxlen=_MOST_TURNS)
         self._heard_s = 0.0
         self._dead: EngineError | None = EngineError("the engine was not started")
         self._closing = False
@@ -126,6 +138,8 @@ class _ConnectedClient:
         self._queues[request.id] = queue
         finished = False
         try:
+            if request.sent_s is None:  # the engine reads it only between two steps
+                request = replace(request, sent_s=time.monotonic())
             self._send(Commands(submit=(request,)))
             while not finished:
                 output = await queue.get()
@@ -144,6 +158,10 @@ class _ConnectedClient:
     def stats(self) -> EngineStats:
         """See `EngineClient.stats`."""
         return self._stats
+
+    def turns(self) -> tuple[Turned, ...]:
+        """See `EngineClient.turns`."""
+        return tuple(self._turns)
 
     def offer(self, nbytes: int) -> None:
         """See `EngineClient.offer`."""
@@ -219,6 +237,9 @@ class _ConnectedClient:
                         queue.put_nowait(output)
                 for answer in message.leases:
                     self._answer(answer.id, answer.error)
+                for turned in message.turned:
+                    self._turns.append(turned)
+                    _log.info("%s: k %d -> %d, %s", self._config.name, *turned[1:])
             case Started():
                 if not self._started.done():  # a start that was given up is cancelled
                     self._started.set_result(message.info)
@@ -260,8 +281,10 @@ class ProcessClient(_ConnectedClient):
     """The engine in a child process: it owns torch, the device and the link."""
 
     _process: subprocess.Popen[bytes] | None = None
+    _spawned: Connection | None = None
 
-    def _open(self) -> Connection:
+    def spawn(self) -> None:
+        """Start the process ahead of `start`: it loads its libraries and waits to be told more."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -269,7 +292,21 @@ class ProcessClient(_ConnectedClient):
                 stdin=subprocess.PIPE,  # its lifeline
                 pass_fds=(theirs.fileno(),),
             )
-        connection = Connection(ours.detach())
+        self._spawned = Connection(ours.detach())
+
+    async def close(self, *, grace_s: float = 0.0) -> None:
+        """See `EngineClient.close`."""
+        if self._spawned is not None:  # never started
+            self._spawned.close()
+            self._spawned = None
+            await asyncio.to_thread(self._ended)
+        await super().close(grace_s=grace_s)
+
+    def _open(self) -> Connection:
+        if self._spawned is None:
+            self.spawn()
+        connection, self._spawned = self._spawned, None
+        assert connection is not None
         connection.send(self._config)
         return connection
 

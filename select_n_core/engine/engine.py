@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from select_n_core.decisions.correction import Seen
+from select_n_core.decisions.facts import Cause
+from select_n_core.decisions.latency import StepShape
 from select_n_core.decisions.order import interval_of_k
 from select_n_core.engine.headroom import HeadroomWindow
 from select_n_core.engine.leases import HostLease
@@ -19,11 +23,13 @@ from select_n_core.engine.messages import (
     Output,
     Request,
     StepReport,
+    Turned,
 )
+from select_n_core.engine.online import OnlineModel
 from select_n_core.engine.sampler import Drawn, Sampler
 from select_n_core.engine.scheduler import Clock, Scheduler
-from select_n_core.engine.sequence import Sequence, Turn
-from select_n_core.errors import EngineError, SelectNError
+from select_n_core.engine.sequence import Sequence, Turn, shape_of
+from select_n_core.errors import EngineError, OverloadedError, SelectNError
 from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.base import Direction
 from select_n_core.offload.executor import Executor
@@ -45,6 +51,7 @@ class Engine:
         eos_token_ids: tokens that end a request unless it ignores them.
         clock: seconds; the scheduler's own.
         host_blocks: that the scheduler swaps to, if any, to be closed with the engine.
+        online: what is learnt of the latency model while serving; None keeps the scheduler's.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         clock: Clock = time.monotonic,
         host_blocks: HostBlocks | None = None,
+        online: OnlineModel | None = None,
     ) -> None:
         self.executor = executor
         self.scheduler = scheduler
@@ -61,8 +69,11 @@ class Engine:
         self._eos = frozenset(eos_token_ids)
         self._clock = clock
         self._host_blocks = host_blocks
-        self.lease = HostLease(executor, lambda k: self.turn(k, "lease"), clock)
-        self._turns: Counter[str] = Counter()
+        self._online = online
+        self._shape = StepShape()  # of the last step
+        self.lease = HostLease(executor, lambda k: self.turn(k, Cause.LEASE), clock)
+        self._turns: Counter[Cause] = Counter()
+        self._turned: list[Turned] = []
         self._headroom = HeadroomWindow(scheduler.slo)
         self._outputs: list[Output] = []
         self._iterations = 0
@@ -74,7 +85,7 @@ class Engine:
         return self.scheduler.idle and not self._outputs
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its first output is the verdict: accepted, or its error."""
+        """Queue a request; its first output is the verdict: it is let in, or its error."""
         try:
             self.scheduler.add(request)
             try:
@@ -83,9 +94,8 @@ class Engine:
                 self.scheduler.remove(request.id)
                 raise
         except SelectNError as error:
+            self._note_returned(error)
             self._outputs.append(Output(request.id, finish=FinishReason.ERROR, error=error))
-        else:
-            self._outputs.append(Output(request.id))
 
     def cancel(self, request_id: str) -> None:
         """End a request now; one that is no longer live is left alone."""
@@ -97,28 +107,32 @@ class Engine:
         for request_id in [*self.scheduler.running, *self.scheduler.waiting]:
             self._fail(request_id, error)
 
-    def step(self) -> StepReport:
-        """Run one step and report everything that happened since the last report."""
+    def step(self, tell: Callable[[StepReport], None] | None = None) -> StepReport:
+        """Run one step and report everything that happened since the last report.
+
+        Args:
+            tell: gets what is known before the step is computed: who is let in, who is returned.
+        """
+        self._predict()
         turns = self.scheduler.next_step()
+        self._outputs += map(Output, self.scheduler.take_entered())
         for request_id, error in self.scheduler.take_failed():
+            self._note_returned(error)
             self._fail(request_id, error)
-        if self.scheduler.k_next != self.executor.k:
-            cause = "tpot" if self.scheduler.k_next < self.executor.k else "kv"
-            self.turn(self.scheduler.k_next, cause)
+        if self.scheduler.change is not None:
+            self.turn(*self.scheduler.change)
             turns = [turn for turn in turns if self.scheduler.runs(turn.sequence)]
         if turns:
-            begun_s = time.perf_counter()
-            for outcome in self._run(turns):
-                self._settle(outcome)
-            self._iteration_s = time.perf_counter() - begun_s
-            self._iterations += 1
+            if tell is not None and self._outputs:
+                tell(StepReport(self._take_outputs(), stats=self.stats()))
+            self._compute(turns)
         elif self.scheduler.waiting and not self.scheduler.running:
             self.executor.settle()  # they wait for homes that no iteration comes to empty
         self.lease.tend(idle=not turns)
-        outputs, self._outputs = tuple(self._outputs), []
-        return StepReport(outputs, self.lease.take_answers(), self.stats())
+        turned, self._turned = tuple(self._turned), []
+        return StepReport(self._take_outputs(), self.lease.take_answers(), self.stats(), turned)
 
-    def turn(self, k: int, cause: str = "asked") -> None:
+    def turn(self, k: int, cause: Cause = Cause.ASKED) -> None:
         """Stream `k` units from the next step on; between steps only.
 
         The last requests in service order are preempted as far as their KV blocks are needed.
@@ -126,15 +140,19 @@ class Engine:
         Raises:
             InputError: k is out of range; see `Executor.turn`.
         """
+        before = self.executor.k
         self.scheduler.release(self.executor.shortfall(k))
         self.executor.turn(k)
         self.scheduler.turned(k)
         self._turns[cause] += 1
+        self._turned.append(Turned(self._clock(), before, k, cause))
 
     def close(self) -> None:
         """Give the host KV blocks, the executor's memory and the link back. Idempotent."""
         if self._host_blocks is not None:
             self._host_blocks.close()
+        if self._online is not None:
+            self._online.close()
         self.executor.close()
         self.executor.link.close()
 
@@ -154,7 +172,7 @@ class Engine:
             cap=executor.cap,
             host_bytes=executor.host_bytes,
             lease_bytes=executor.lease_bytes,
-            turns=dict(self._turns),
+            turns={str(cause): count for cause, count in self._turns.items()},
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             kv_free_tokens=executor.blocks.free_tokens,
@@ -176,7 +194,48 @@ class Engine:
             tpot_headroom=self._headroom.tpot(now_s),
             swaps=scheduler.swaps,
             recomputes=scheduler.recomputes,
+            admitted=scheduler.admitted,
+            returned={str(reason): count for reason, count in scheduler.returned.items()},
         )
+
+    def _predict(self) -> None:
+        """Let the step be decided by what is known of the machine now."""
+        if (online := self._online) is None:
+            return
+        scheduler, executor = self.scheduler, self.executor
+        shape = StepShape() if scheduler.idle else self._shape
+        k = min(executor.m, executor.cap) if scheduler.waiting else executor.k
+        online.tick(shape, 0 if scheduler.idle else k)
+        scheduler.latency, scheduler.reserve = online.latency, online.reserve
+
+    def _compute(self, turns: list[Turn]) -> None:
+        """Run the step, and learn from how long it took."""
+        self._shape, k = shape_of(turns), self.executor.k
+        begun_s = time.perf_counter()
+        outcomes = self._run(turns)
+        ended_s = time.perf_counter()
+        for outcome in outcomes:
+            self._settle(outcome)
+        self._iteration_s = time.perf_counter() - begun_s
+        self._iterations += 1
+        if self._online is None:
+            return
+        link = self.executor.take_link_time()
+        if not any(isinstance(outcome.drawn, EngineError) for outcome in outcomes):
+            self._online.saw(
+                Seen(
+                    self._shape,
+                    k,
+                    ended_s - begun_s,
+                    link.stall_s,
+                    link.transfer_s,
+                    link.copied_s,
+                )
+            )
+
+    def _take_outputs(self) -> tuple[Output, ...]:
+        outputs, self._outputs = tuple(self._outputs), []
+        return outputs
 
     def _run(self, turns: list[Turn]) -> list[_Outcome]:
         """One forward for all; if it raises, each alone, so that only the culprit ends."""
@@ -239,6 +298,10 @@ class Engine:
             sequence.first_token_s = now_s
             self._headroom.saw_first_token(now_s, now_s - sequence.arrived_s)
         sequence.last_token_s = now_s
+
+    def _note_returned(self, error: SelectNError) -> None:
+        if isinstance(error, OverloadedError):
+            self._headroom.saw_returned(self._clock(), error.retry_after_s)
 
     def _finish(self, sequence: Sequence, output: Output) -> None:
         self._forget(sequence.request.id)

@@ -11,6 +11,7 @@ from select_n_core.slo import SLO
 _WINDOW_S = 10.0
 _MOST = 256
 _PERCENTILE = 95.0
+_LATEST = 10.0  # targets; how much later a returned request would be served says little
 
 
 class HeadroomWindow:
@@ -31,6 +32,14 @@ class HeadroomWindow:
     def saw_finish(self, now_s: float, tpot_s: float) -> None:
         """A request ended with a mean of `tpot_s` per token after the first."""
         self._tpot.append((now_s, tpot_s))
+
+    def saw_returned(self, now_s: float, after_s: float) -> None:
+        """A request was returned that would have had its first token after `after_s`, or later.
+
+        It counts as late in any case: a replica that returns requests has no headroom.
+        """
+        least_s, most_s = self._slo.ttft_s, _LATEST * self._slo.ttft_s
+        self._ttft.append((now_s, min(max(after_s, least_s), most_s)))
 
     def ttft(self, now_s: float) -> float | None:
         """Headroom of TTFT; None when the window is empty."""

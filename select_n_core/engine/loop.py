@@ -94,4 +94,4 @@ def _serve(engine: Engine, connection: Connection) -> None:
                 connection.send(engine.step())
                 return
             wait_s = 0.0
-        connection.send(engine.step())
+        connection.send(engine.step(connection.send))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from select_n_core.errors import InputError, SelectNError
 
@@ -75,6 +76,7 @@ class Request:
         tenant: opaque; requests of one tenant share its fair share.
         priority: its class; a larger one is served first, within its tenant's share.
         deadline_s: its first token is due so long after its arrival; None follows the SLO.
+        sent_s: when it arrived, by the machine's monotonic clock; None is when the engine reads it.
     """
 
     id: str
@@ -83,6 +85,7 @@ class Request:
     tenant: str = ""
     priority: int = 0
     deadline_s: float | None = None
+    sent_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.deadline_s is not None and not self.deadline_s >= 0:
@@ -102,6 +105,8 @@ class TokenLogprob:
 @dataclass(frozen=True, slots=True)
 class Output:
     """What one step added to one request.
+
+    The first output, empty, says that the request was let in: it owns its place from then on.
 
     Attributes:
         tokens: new token ids, in order; the end-of-sequence token is not among them.
@@ -135,6 +140,7 @@ class EngineStats:
             finished in it. Negative is a broken promise.
         swaps, recomputes: preemptions since start, by where the cache went: to host blocks, or
             nowhere, to be computed again.
+        admitted: requests let in since start. returned: those that were not, by reason.
     """
 
     k: int = 0
@@ -158,6 +164,8 @@ class EngineStats:
     tpot_headroom: float | None = None
     swaps: int = 0
     recomputes: int = 0
+    admitted: int = 0
+    returned: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +193,7 @@ class EngineInfo:
         plan_line: what was requested, pinned and predicted, for people.
         max_tokens: the most prompt plus output tokens one request may have.
         device_bytes: the arena, exactly. host_bytes: mirrors and host KV blocks, exactly.
+        compute_kind: `real`, or `paced`: held to a record's times.
     """
 
     plan_line: str
@@ -201,6 +210,7 @@ class EngineInfo:
     link_kind: str
     link_bytes_per_s: float
     eos_token_ids: tuple[int, ...] = ()
+    compute_kind: str = "real"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +228,20 @@ class Commands:
     stop: bool = False
 
 
+class Turned(NamedTuple):
+    """Other units are streamed from a step on.
+
+    Attributes:
+        at_s: on the engine's clock.
+        before, after: k. cause: see `decisions.facts.Cause`.
+    """
+
+    at_s: float
+    before: int
+    after: int
+    cause: str
+
+
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """From the engine, after each step."""
@@ -225,3 +249,4 @@ class StepReport:
     outputs: tuple[Output, ...] = ()
     leases: tuple[LeaseAnswer, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)
+    turned: tuple[Turned, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -13,7 +13,8 @@ from select_n_core.config import ModelConfig
 from select_n_core.decisions.candidate import PlanInputs
 from select_n_core.decisions.order import k_of_interval
 from select_n_core.decisions.plan import Plan, make_plan
-from select_n_core.errors import InfeasibleError, InputError
+from select_n_core.decisions.policy import Policy, forced_k
+from select_n_core.errors import ConfigError, InfeasibleError, InputError
 from select_n_core.models.cache import cache_directory
 from select_n_core.models.load import LoadedModel, load_model
 from select_n_core.models.source import resolve
@@ -30,15 +31,21 @@ class Prepared:
     """Everything known about a model before it is placed.
 
     Attributes:
+        directory: of the checkpoint; None where compute is paced.
         loaded: the model, if finding the record needed its weights.
     """
 
     config: ModelConfig
-    directory: Path
+    directory: Path | None
     record: PerformanceRecord
     inputs: PlanInputs
     plan: Plan
     loaded: LoadedModel | None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether k stands still and nothing seen while serving is learnt from: a baseline."""
+        return Policy.parse(self.config.policy).fixed
 
     def line(self) -> str:
         """Requested, pinned, N and predicted TPOT, for people."""
@@ -50,10 +57,16 @@ def prepare(config: ModelConfig, progress: Progress | None = None) -> Prepared:
 
     Raises:
         ModelNotFoundError, UnsupportedModelError: the source. LinkError: no such hardware.
+        ConfigError: the record of paced compute.
         InfeasibleError: no plan meets the SLO in the memory given, with the reason.
     """
-    directory = resolve(config.source)
-    record, loaded = record_for(config, directory, progress)
+    directory: Path | None = None
+    loaded: LoadedModel | None = None
+    if config.compute is not None:
+        record = paced_record(config)
+    else:
+        directory = resolve(config.source)
+        record, loaded = record_for(config, directory, progress)
     inputs = plan_inputs(config, record)
     plan = make_plan(inputs)
     if not plan.feasible:
@@ -87,6 +100,36 @@ def record_for(
     return record, loaded
 
 
+def paced_record(config: ModelConfig) -> PerformanceRecord:
+    """The record that paces compute, over the link of the configuration.
+
+    It may be any machine's: what it is for is to stand in for that machine here.
+
+    Raises:
+        ConfigError: there is no such record, it is broken, or made of another kind of weights.
+    """
+    assert config.compute is not None
+    assert config.link.bandwidth is not None  # ModelConfig checked both
+    try:
+        record = load_record(Path(config.compute.record).expanduser())
+    except InputError as error:
+        raise ConfigError(f"compute.record: {error}", field="compute.record") from error
+    for name in ("dtype", "units"):
+        recorded, asked = getattr(record.fingerprint, name), getattr(config, name)
+        if recorded != asked:
+            raise ConfigError(
+                f"{name}: the record {config.compute.record} was made with {recorded}; "
+                f"write {name}: {recorded} instead of {asked}",
+                field=name,
+            )
+    link_bytes_per_s = config.link.bandwidth
+    if config.link.bus_bytes_per_s is not None:
+        link_bytes_per_s = min(link_bytes_per_s, config.link.bus_bytes_per_s)
+    transfer_s = config.link.latency + max(record.unit_bytes) / link_bytes_per_s
+    # Without samples, no copy is taken to be slower beside compute: here none is.
+    return record.model_copy(update={"transfer_s": transfer_s, "transfers": ()})
+
+
 def record_path(here: Fingerprint) -> Path:
     """Where the record of this fingerprint is cached."""
     digest = hashlib.sha256(here.model_dump_json().encode()).hexdigest()[:12]
@@ -102,7 +145,8 @@ def plan_inputs(config: ModelConfig, record: PerformanceRecord) -> PlanInputs:
         forced = 0
     elif config.interval != "auto":
         forced = k_of_interval(config.interval, units)
-    return PlanInputs(
+    policy = Policy.parse(config.policy)
+    inputs = PlanInputs(
         memory=record.memory(config.block_tokens),
         latency=record.latency_model(),
         slo=config.slo.targets(),
@@ -118,15 +162,21 @@ def plan_inputs(config: ModelConfig, record: PerformanceRecord) -> PlanInputs:
         forced_k=forced,
         unit_name=UNIT_NAMES[config.units],
     )
+    if policy.fixed:
+        inputs = replace(inputs, forced_k=forced_k(policy, inputs), policy=str(policy))
+    return inputs
 
 
 def plan_line(config: ModelConfig, plan: Plan, record: PerformanceRecord) -> str:
     """One line: what was asked, what is pinned, which N, what it is predicted to cost."""
     units = len(record.unit_bytes)
     what = UNIT_NAMES[config.units]
+    asked = f"interval {config.interval}"
+    if Policy.parse(config.policy).fixed:
+        asked = f"policy {config.policy}"
     interval = "off" if plan.interval is None else f"{plan.interval:.3g}"
     line = (
-        f"{config.name}: requested interval {config.interval}, tpot "
+        f"{config.name}: requested {asked}, tpot "
         f"{format_seconds(config.slo.tpot)}, device {format_bytes(config.device_memory)}; "
         f"pinned {format_bytes(plan.host_bytes + config.host_kv)} of host memory; N = {interval} "
         f"(k = {plan.k} of {units} {what} streamed over the {config.link.kind} link at "
@@ -134,4 +184,6 @@ def plan_line(config: ModelConfig, plan: Plan, record: PerformanceRecord) -> str
         f"{format_seconds(plan.predicted_tpot_s)} at {plan.max_batch} requests, "
         f"{plan.kv_tokens} KV tokens"
     )
+    if config.compute is not None:
+        line += f"; compute is paced by a record of {record.fingerprint.device}"
     return line if plan.note is None else f"{line} [{plan.note}: {plan.message}]"

@@ -8,21 +8,32 @@ host blocks or nowhere. It says which k the next step should have; whoever turns
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from select_n_core.decisions.facts import Preemption, StepState, Way
+from select_n_core.decisions.batch import Batch
+from select_n_core.decisions.facts import (
+    Change,
+    Preemption,
+    Reason,
+    Refusal,
+    StepState,
+    Way,
+)
+from select_n_core.decisions.forecast import Forecast
 from select_n_core.decisions.latency import LatencyModel
+from select_n_core.decisions.pace import pace_of
 from select_n_core.decisions.preemption import release
 from select_n_core.decisions.service import ServicePolicy, TenantLedger
 from select_n_core.decisions.step import plan_step
 from select_n_core.engine.messages import Request
+from select_n_core.engine.overload import queue_full, waited_in_vain
 from select_n_core.engine.residence import Residence, Swapping
 from select_n_core.engine.sequence import Sequence, Turn, facts_of
 from select_n_core.errors import (
     ContextLengthError,
     DeviceMemoryError,
-    OverloadedError,
     RequestError,
     SelectNError,
 )
@@ -31,6 +42,9 @@ from select_n_core.slo import SLO
 
 Clock = Callable[[], float]
 
+# Shares of the targets that decisions aim at: what is left over takes up what nobody can predict.
+_TPOT_AIM = 0.98
+_TTFT_AIM = 0.9
 _PATIENCE = 4.0  # promised lifetimes of a typical request that one waits to be lifted by a class
 
 
@@ -60,12 +74,13 @@ class Turning:
 
     Attributes:
         k_min, k_most: both included; the most follows what is mirrored.
-        blocks_at: KV blocks that exist at a k.
+        blocks_at: KV blocks that exist at every k up to the largest; what stands below `k_min` is
+            not looked at.
     """
 
     k_min: int
     k_most: Callable[[], int]
-    blocks_at: Callable[[int], int]
+    blocks_at: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -73,11 +88,13 @@ class Scheduler:
     """Queues, admits, preempts and orders; `plan_step` decides.
 
     Attributes:
-        k: units streamed now. k_next: from the coming step on, as decided last.
+        latency: what decisions predict with. reserve: share by which steps may take longer.
+        k: units streamed now. change: what it is to turn to, as decided last.
         swapping: None where there are no host KV blocks. turning: None where k stands still.
         weights: of tenants whose fair share is not 1.
         waiting, running: live requests by id.
         swaps, recomputes: preemptions so far, by what became of the cache.
+        admitted: requests let in so far. returned: those that were not, by reason.
     """
 
     limits: Limits
@@ -92,17 +109,30 @@ class Scheduler:
     weights: dict[str, float] = field(default_factory=dict)
     waiting: dict[str, Sequence] = field(default_factory=dict, init=False)
     running: dict[str, Sequence] = field(default_factory=dict, init=False)
-    k_next: int = field(init=False)
+    reserve: float = field(default=0.0, init=False)
+    change: Change | None = field(default=None, init=False)
     swaps: int = field(default=0, init=False)
     recomputes: int = field(default=0, init=False)
+    admitted: int = field(default=0, init=False)
+    returned: Counter[Reason] = field(default_factory=Counter, init=False)
     _ledger: TenantLedger = field(init=False)
     _residence: Residence = field(init=False)
     _policy: ServicePolicy = field(init=False)
     _failed: list[tuple[str, SelectNError]] = field(default_factory=list, init=False)
-    _quiet_since_s: float = field(init=False)
+    _entered: list[str] = field(default_factory=list, init=False)
+    _forecast: Forecast | None = field(default=None, init=False)  # of the step to come
+    _aim: SLO = field(init=False)
+    _missed_s: float = field(init=False)
+    _turned_s: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.k_next = self.k
+        longest_s = self.slo.max_wait_s  # None: until its own first token is due
+        self._aim = replace(
+            self.slo,
+            tpot_s=self.slo.tpot_s * _TPOT_AIM,
+            ttft_s=self.slo.ttft_s * _TTFT_AIM,
+            max_wait_s=longest_s and min(longest_s, self.slo.ttft_s * _TTFT_AIM),
+        )
         self._ledger = TenantLedger(self.weights)
         self._residence = Residence(self.blocks, self.swapping)
         lifetime_s = self.slo.ttft_s + self.limits.expected_output * self.slo.tpot_s
@@ -112,7 +142,7 @@ class Scheduler:
             overtaken_s=self.slo.ttft_s / 2,
             share_tokens=float(self.limits.max_tokens),  # one request of the largest size
         )
-        self._quiet_since_s = self.clock()
+        self._missed_s = self._turned_s = self.clock()
 
     @property
     def idle(self) -> bool:
@@ -147,16 +177,15 @@ class Scheduler:
         # were preempted were let in before.
         places = self.limits.max_batch - len(self.running)
         queued = sum(not sequence.preempted for sequence in self.waiting.values())
+        arrived_s = self.clock()
+        if request.sent_s is not None:
+            arrived_s = min(arrived_s, request.sent_s)
+        sequence = Sequence(request, arrived_s, array("q", request.prompt), since_s=arrived_s)
         if queued >= self.limits.max_queue + places:
-            raise OverloadedError(
-                f"{queued} requests are waiting already; retry later",
-                retry_after_s=self._retry_after_s(),
-            )
-        now_s = self.clock()
+            self.returned[Reason.QUEUE] += 1
+            raise queue_full(queued, self._fits_in_s(sequence))
         self._ledger.join(request.tenant)
-        self.waiting[request.id] = Sequence(
-            request, now_s, array("q", request.prompt), since_s=now_s
-        )
+        self.waiting[request.id] = sequence
 
     def find(self, request_id: str) -> Sequence | None:
         """The live sequence of that id."""
@@ -176,8 +205,13 @@ class Scheduler:
         """Whether it has its place in the coming step."""
         return self.running.get(sequence.request.id) is sequence
 
+    def take_entered(self) -> list[str]:
+        """The requests let in for the first time since the last call."""
+        entered, self._entered = self._entered, []
+        return entered
+
     def take_failed(self) -> list[tuple[str, SelectNError]]:
-        """The requests that can never fit, found since the last call; they are not live."""
+        """The requests that can never fit or were returned since the last call; none is live."""
         failed, self._failed = self._failed, []
         return failed
 
@@ -185,15 +219,18 @@ class Scheduler:
         """Decide the step, apply the decision and return everyone's turn."""
         for lost in self._residence.settle(self.running.values()):
             self._wait_again(lost, Way.RECOMPUTE)
+        self._forecast = None
         decision = plan_step(self.state(), self.latency)
         if decision.missed:
-            self._quiet_since_s = self.clock()
+            self._missed_s = self.clock()
         for request_id in decision.fail:
             self._fail(request_id)
+        for refusal in decision.refuse:
+            self._return(refusal)
         self._preempt(decision.preempt)
         for request_id in decision.admit:
             self._let_in(request_id)
-        self.k_next = decision.k_next
+        self.change = decision.change
         turns, running = [], self.running
         for request_id, count in decision.rows:
             sequence = running[request_id]
@@ -211,18 +248,15 @@ class Scheduler:
 
     def turned(self, k: int) -> None:
         """K was turned; it is `k` from the next step on."""
-        self.k = self.k_next = k
-        self._quiet_since_s = self.clock()
+        self.k, self.change = k, None
+        self._turned_s = self.clock()
 
     def state(self) -> StepState:
         """The facts that the step's decision is made from."""
-        now_s, slo, expected = self.clock(), self.slo, self.limits.expected_output
+        now_s, slo, expected = self.clock(), self._aim, self.limits.expected_output
         size = self.blocks.block_tokens
         turning = self.turning
-        exist = self.blocks.blocks if turning is None else turning.blocks_at(self.k)
-        below = 0
-        if turning is not None and self.k > turning.k_min:
-            below = turning.blocks_at(self.k - 1)
+        exist = self.blocks.blocks if turning is None else turning.blocks_at[self.k]
         return StepState(
             running=facts_of(self.running.values(), now_s, slo, size, expected),
             waiting=facts_of(self.waiting.values(), now_s, slo, size, expected),
@@ -238,10 +272,12 @@ class Scheduler:
             policy=self._policy,
             k_min=self.k if turning is None else turning.k_min,
             k_up=self._k_up(exist),
-            blocks_below=below,
+            blocks_at=() if turning is None else turning.blocks_at,
             host_blocks=self._residence.host_blocks,
             block_copy_s=self._residence.block_copy_s,
-            quiet_s=now_s - self._quiet_since_s,
+            calm_s=now_s - self._missed_s,
+            dwell_s=now_s - self._turned_s,
+            reserve=self.reserve,
             levels=self._ledger.levels(),
         )
 
@@ -250,7 +286,7 @@ class Scheduler:
         if turning is None or not self.waiting:
             return None
         larger = range(self.k + 1, turning.k_most() + 1)
-        return next((k for k in larger if turning.blocks_at(k) > blocks), None)
+        return next((k for k in larger if turning.blocks_at[k] > blocks), None)
 
     def _let_in(self, request_id: str) -> None:
         sequence = self.waiting.pop(request_id)
@@ -259,6 +295,9 @@ class Scheduler:
             sequence.waited_s + self.clock() - sequence.since_s,
             None,
         )
+        if not sequence.preempted:
+            self.admitted += 1
+            self._entered.append(request_id)
         self.running[request_id] = sequence
         if not self._residence.bring_back(sequence):
             self._wait_again(sequence, Way.RECOMPUTE)
@@ -290,7 +329,22 @@ class Scheduler:
         )
         self.remove(request_id)
 
-    def _retry_after_s(self) -> float:
-        """When the first running request will have ended, at its promised pace."""
-        left = [s.request.sampling.max_tokens - s.output_tokens for s in self.running.values()]
-        return max(1.0, min(left, default=1) * self.slo.tpot_s)
+    def _return(self, refusal: Refusal) -> None:
+        sequence = self.waiting[refusal.id]
+        assert sequence.since_s is not None
+        self.returned[refusal.reason] += 1
+        waited_s = self.clock() - sequence.since_s
+        error = waited_in_vain(refusal.reason, waited_s, refusal.fits_in_s)
+        self._failed.append((refusal.id, error))
+        self.remove(refusal.id)
+
+    def _fits_in_s(self, sequence: Sequence) -> float:
+        """When a new request would be let in that finds the queue full."""
+        size, expected = self.blocks.block_tokens, self.limits.expected_output
+        if self._forecast is None:
+            state = self.state()
+            batch = Batch(state.running, state)
+            pace = pace_of(self.latency, self.k, self.slots)
+            self._forecast = Forecast(state, batch, (), state.waiting, pace)
+        (facts,) = facts_of([sequence], self.clock(), self._aim, size, expected)
+        return self._forecast.fits_in_s(facts)

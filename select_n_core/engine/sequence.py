@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from select_n_core.decisions.facts import RequestFacts
+from select_n_core.decisions.latency import StepShape, chunk_pairs
 from select_n_core.decisions.service import INPUT_WEIGHT, OUTPUT_WEIGHT
 from select_n_core.engine.messages import Request
 from select_n_core.slo import SLO
@@ -71,7 +73,8 @@ def facts_of(
     sequences: Iterable[Sequence], now_s: float, slo: SLO, block_tokens: int, expected_output: int
 ) -> tuple[RequestFacts, ...]:
     """What decisions look at. Written out in one loop: it is made for everyone at every step."""
-    facts, make, tpot_s = [], tuple.__new__, slo.tpot_s
+    facts, make, never = [], tuple.__new__, math.inf
+    tpot_s, max_wait_s = slo.tpot_s, slo.max_wait_s
     for each in sequences:
         request, computed, first_s, since_s = (
             each.request,
@@ -82,6 +85,10 @@ def facts_of(
         prompt, known, most = len(request.prompt), len(each.tokens), request.sampling.max_tokens
         left, output = known - computed, known - prompt
         expected = expected_output if output < expected_output else output + 1
+        slack_s = each.slack_s(now_s, slo) if first_s is None else first_s + tpot_s * output - now_s
+        wait_left_s = never
+        if since_s is not None and not each.preempted:
+            wait_left_s = slack_s if max_wait_s is None else max_wait_s - (now_s - since_s)
         facts.append(
             make(
                 RequestFacts,
@@ -89,9 +96,7 @@ def facts_of(
                     request.id,
                     computed,
                     0 if left == 1 and output else left,
-                    each.slack_s(now_s, slo)
-                    if first_s is None
-                    else first_s + tpot_s * output - now_s,
+                    slack_s,
                     each.room // block_tokens,
                     prompt + (expected if expected < most else most),
                     prompt + most,
@@ -99,10 +104,22 @@ def facts_of(
                     request.priority,
                     each.waited_s if since_s is None else each.waited_s + now_s - since_s,
                     each.arrived_s,
+                    wait_left_s,
                 ),
             )
         )
     return tuple(facts)
+
+
+def shape_of(turns: Iterable[Turn]) -> StepShape:
+    """What a step of these turns computes, before it does."""
+    rows = context = tokens = pairs = 0
+    for sequence, amount in turns:
+        if amount == 1 and sequence.output_tokens:
+            rows, context = rows + 1, context + sequence.computed
+        else:
+            tokens, pairs = tokens + amount, pairs + chunk_pairs(sequence.computed, amount)
+    return StepShape(rows, context, tokens, pairs)
 
 
 class Turn(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -22,7 +23,13 @@ from select_n_core.models.load import LoadedModel
 from select_n_core.offload.capture import GraphRuntime
 from select_n_core.offload.graphs import DecodeGraphs, DecodeRow, graph_runtime
 from select_n_core.offload.mirrors import HostMaps, Mirrors, PrivateMaps
-from select_n_core.offload.placement import Placement, StepRow, compute_threads, model_memory
+from select_n_core.offload.placement import (
+    LinkTime,
+    Placement,
+    StepRow,
+    compute_threads,
+    model_memory,
+)
 from select_n_core.offload.streamer import WeightStreamer
 from select_n_core.units import FlatUnit
 
@@ -56,6 +63,7 @@ class Executor:
         self.device = device
         self.memory = model_memory(model, placement.block_tokens)
         self.k = placement.k
+        self._stalled_s = 0.0
         self._closed = False
         graphs = graphs or graph_runtime(placement.graphs, device)
         self.layout = self._layout()
@@ -252,6 +260,17 @@ class Executor:
                 select_n=attention,
             ).logits[0]
         return logits
+
+    def take_link_time(self) -> LinkTime:
+        """What the link took of the steps since the last call."""
+        stalled_s, self._stalled_s = self._stalled_s, self.link.counters.stall_s
+        used = self._streamer.take_used()
+        per_byte_s = [seconds / nbytes for nbytes, seconds in used]
+        return LinkTime(
+            stall_s=self._stalled_s - stalled_s if self.device.type == "cpu" else None,
+            transfer_s=self.memory.slot_bytes * median(per_byte_s) if per_byte_s else None,
+            copied_s=sum(seconds for _, seconds in used),
+        )
 
     def close(self) -> None:
         """Give arena and mirrors back; the model is left without tensors. Idempotent."""

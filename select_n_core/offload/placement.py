@@ -73,3 +73,18 @@ class StepRow:
     context: int
     tokens: Sequence[int]
     logits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTime:
+    """What the link took of some steps.
+
+    Attributes:
+        stall_s: compute waited for copies; None where the host cannot tell.
+        transfer_s: median copy of the largest unit; None where no copy was used.
+        copied_s: copies that were used took in all.
+    """
+
+    stall_s: float | None
+    transfer_s: float | None
+    copied_s: float

@@ -10,6 +10,7 @@ copy goes to its home and stays there.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from select_n_core.units import FlatUnit
 
 WEIGHTS = "weights"
 _POISON = 0xFF  # NaN in every floating type
+_MOST_USED = 256  # copies kept to be timed
 
 
 @dataclass(slots=True)
@@ -86,6 +88,7 @@ class WeightStreamer:
             streamed = set(range(len(self._units))) - self._homes.keys()
         self._ring = Ring(len(self._units), len(self._slots), streamed)
         self._copies: dict[int, Copy] = {}  # by ticket number
+        self._used: deque[tuple[Copy, int]] = deque(maxlen=_MOST_USED)  # not timed yet, bytes
         self._bound: set[int] = set()  # units that point at their homes
         self._active = False
         self.span = Span()
@@ -170,7 +173,9 @@ class WeightStreamer:
         """Make `unit`'s bytes present: compute waits for its copy, the host does not."""
         ticket = self._ring.acquire(unit)
         if ticket is not None:
-            self._link.wait(self._copies.pop(ticket.number))
+            copy = self._copies.pop(ticket.number)
+            self._link.wait(copy)
+            self._used.append((copy, self._units[unit].nbytes))
             if ticket.slot is None:
                 self._units[unit].bind(self._homes[unit])
                 self._bound.add(unit)
@@ -189,6 +194,17 @@ class WeightStreamer:
                 self._empty(unit, self._slots[ticket.slot])
                 self._slot_free[ticket.slot] = self._link.compute_event()
         self._issue()
+
+    def take_used(self) -> list[tuple[int, float]]:
+        """Bytes and link seconds of each copy that compute has used, since the last call.
+
+        One that the device has not got to yet is told next time.
+        """
+        used = []
+        while self._used and self._used[0][0].done():
+            copy, nbytes = self._used.popleft()
+            used.append((nbytes, copy.duration_s()))
+        return used
 
     def add_mirror(self, unit: int, mirror: Tensor) -> None:
         """Let `unit` be streamed from `mirror`, which is filled and registered."""
@@ -269,6 +285,7 @@ class WeightStreamer:
         self._link.drain()
         self._ring.abandon()
         self._copies.clear()
+        self._used.clear()  # one that failed is the iteration's error, not a time
         # Compute that was issued so far may still read a slot or a home: a forward that raised
         # released nothing, and a fresh arena may be memory that its last owner's compute uses.
         now = self._link.compute_event()

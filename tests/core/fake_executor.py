@@ -278,7 +278,7 @@ def served(
         turning=Turning(
             k_min=k_min,
             k_most=lambda: executor.m,
-            blocks_at=lambda k: len(executor.kv_ids(k)),
+            blocks_at=tuple(blocks_at),
         ),
     )
     engine = Engine(executor, scheduler, (), clock, host)

@@ -87,7 +87,7 @@ def running_engine(
         turning=Turning(
             k_min=executor.layout.k_min,
             k_most=lambda: min(executor.m, executor.cap),
-            blocks_at=lambda k: len(executor.layout.kv_ids(k)),
+            blocks_at=executor.layout.blocks_at,
         ),
     )
     engine = Engine(executor, scheduler, eos, clock=clock, host_blocks=host)

@@ -7,6 +7,7 @@ import torch
 from running import BLOCK_TOKENS, BLOCKS, Heard, greedy, request, running_engine
 from tiny import EOS_TOKEN_ID
 
+from select_n_core.decisions.facts import Reason
 from select_n_core.engine.messages import FinishReason, Output, Request, SamplingParams
 from select_n_core.errors import (
     ContextLengthError,
@@ -128,7 +129,7 @@ class TestEnds:
         engine.submit(request("a"))
         engine.cancel("a")
         heard.run()
-        assert [output.finish for output in heard.outputs["a"]] == [None, FinishReason.CANCELLED]
+        assert [output.finish for output in heard.outputs["a"]] == [FinishReason.CANCELLED]
 
     def test_cancelling_nobody_is_no_event(self, engine, heard):
         engine.cancel("nobody")
@@ -161,8 +162,51 @@ class TestRefusals:
             engine.submit(request(str(number), tokens=2, ignore_eos=True))
         heard.run()
         assert isinstance(heard.error(str(room)), OverloadedError)
-        assert heard.error(str(room)).retry_after_s >= 1
+        assert heard.error(str(room)).reason == Reason.QUEUE
+        assert heard.error(str(room)).retry_after_s > 0
         assert all(heard.finish(str(number)) is FinishReason.LENGTH for number in range(room))
+
+    def test_the_verdict_comes_when_a_request_enters_and_before_the_step_is_computed(
+        self, engine, monkeypatch
+    ):
+        told, seen_by_the_step = [], []
+        step = engine.executor.step
+
+        def looked_at(rows):
+            seen_by_the_step.append([report.outputs for report in told])
+            return step(rows)
+
+        monkeypatch.setattr(engine.executor, "step", looked_at)
+        for number in range(5):
+            engine.submit(request(str(number), ignore_eos=True))
+        report = engine.step(told.append)
+        assert seen_by_the_step == [[tuple(Output(str(number)) for number in range(4))]]
+        assert all(output.tokens for output in report.outputs)
+        assert engine.stats().admitted == 4
+        assert engine.stats().waiting == 1
+        Heard(engine).run()
+        assert engine.stats().admitted == 5
+
+    def test_one_that_waits_too_long_is_returned_with_the_reason_and_costs_nobody_a_token(
+        self, oracle
+    ):
+        now_s = [0.0]
+        large, late = request("large", 100, 20, ignore_eos=True), request("late", 30)
+        with running_engine(blocks=8, clock=lambda: now_s[0], expected_output=20) as engine:
+            heard = Heard(engine)
+            engine.submit(large)
+            heard.step()
+            engine.submit(late)
+            heard.step()
+            assert "late" not in heard.outputs
+            now_s[0] += 10.0  # what the first token may take
+            heard.run()
+            (verdict,) = heard.outputs["late"]
+            assert isinstance(verdict.error, OverloadedError)
+            assert verdict.error.reason == Reason.KV
+            assert verdict.error.retry_after_s > 0
+            assert heard.tokens("large") == oracle(large)
+            assert engine.stats().returned == {"kv": 1}
 
     def test_an_id_in_use_is_refused_and_its_owner_runs_on(self, engine, heard):
         engine.submit(request("a", tokens=4, ignore_eos=True))
@@ -385,3 +429,11 @@ class TestStats:
         assert done.iterations > 8
         assert done.link_bytes >= done.streamed_units * engine.executor.memory.slot_bytes > 0
         assert done.ttft_headroom == done.tpot_headroom == 1.0
+
+    def test_a_replica_that_returns_requests_has_no_headroom(self, engine, heard):
+        for number in range(20):  # four run and eight may wait
+            engine.submit(request(str(number)))
+        heard.step()
+        assert heard.finish("12") is FinishReason.ERROR
+        assert engine.stats().ttft_headroom <= 0
+        heard.run()

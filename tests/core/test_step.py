@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from select_n_core.decisions.admission import DEMOTE_AFTER_S
-from select_n_core.decisions.facts import Preemption, RequestFacts, StepState, Way
+from select_n_core.decisions.facts import Cause, Preemption, RequestFacts, StepState, Way
 from select_n_core.decisions.latency import ComputeModel, LatencyModel, StepShape
 from select_n_core.decisions.pace import pace_of
 from select_n_core.decisions.service import ServiceOrder, ServicePolicy
@@ -21,6 +20,7 @@ MODEL = LatencyModel(
     streaming=ComputeModel(((1, 0.1 * MS), (257, 2.66 * MS)), 0.0, 0.0, 0.0, 0.0),
 )
 LATE = -1.0
+LESS = (7, Cause.LINK)
 
 
 SIZE = 16
@@ -61,6 +61,7 @@ def state(running=(), waiting=(), **changes) -> StepState:
         slots=2,
         tpot_s=1.0,
         policy=POLICY,
+        blocks_at=(1000,) * 20,
     )
     return replace(facts, **changes)
 
@@ -107,8 +108,26 @@ def test_the_tightest_request_sets_the_budget():
     assert rows([decoding("a"), decoding("b", slack_s=4.1 * MS)], [waiting("p", 60)])["p"] == 30
 
 
-def test_a_broken_promise_still_leaves_prompts_a_little_progress():
-    assert rows([decoding("d", slack_s=LATE)], [waiting("p", prompt=60)]) == {"d": 1, "p": 16}
+def test_a_late_request_that_can_catch_up_is_not_delayed_further():
+    late = decoding("d", slack_s=LATE, most_tokens=60)
+    assert rows([late], [waiting("p", prompt=60)]) == {"d": 1}
+
+
+def test_one_whose_promise_is_lost_holds_up_nobody():
+    late = decoding("d", slack_s=LATE, most_tokens=51)
+    assert rows([late], [waiting("p", prompt=60)]) == {"d": 1, "p": 60}
+
+
+def test_where_no_promise_can_be_kept_prompts_make_a_little_progress():
+    late = decoding("d", slack_s=LATE, most_tokens=60)
+    hopeless = {"tpot_s": MS / 2, "k": 0}
+    assert rows([late], [waiting("p", prompt=60)], **hopeless) == {"d": 1, "p": 16}
+
+
+def test_what_predictions_may_miss_by_is_kept_back():
+    now = {"slack_s": 8 * MS}
+    free = rows([decoding("d", **now)], [waiting("p", prompt=60)])["p"]
+    assert 0 < rows([decoding("d", **now)], [waiting("p", prompt=60)], reserve=0.5)["p"] < free
 
 
 def test_tokens_that_the_copies_hide_are_taken_even_when_promises_are_broken():
@@ -256,11 +275,11 @@ class TestBlocks:
     def test_as_long_as_k_can_give_it_room_it_is_not_hopeless(self):
         queue = [waiting("huge", prompt=200)]
         decision = plan(waiting=queue, blocks=10, free_blocks=10, k=3, k_up=5)
-        assert (decision.fail, decision.admit, decision.k_next) == ((), (), 5)
+        assert (decision.fail, decision.admit, decision.change) == ((), (), (5, Cause.KV))
 
     def test_room_that_is_on_its_way_is_waited_for(self):
         decision = plan(waiting=[waiting("w", prompt=160)], blocks=10, free_blocks=4, k=3, k_up=5)
-        assert (decision.fail, decision.admit, decision.k_next) == ((), (), 3)
+        assert (decision.fail, decision.admit, decision.change) == ((), (), None)
 
 
 class TestPace:
@@ -268,45 +287,45 @@ class TestPace:
 
     def test_a_step_in_time_changes_nothing(self):
         decision = plan([decoding("d")], k=8)
-        assert (decision.k_next, decision.missed, decision.preempt) == (8, False, ())
+        assert (decision.change, decision.missed, decision.preempt) == (None, False, ())
 
     def test_on_a_predicted_miss_a_unit_comes_home(self):
         decision = plan([decoding("d", slack_s=15 * MS)], k=8, tpot_s=15 * MS)
-        assert (decision.k_next, decision.missed, decision.preempt) == (7, True, ())
+        assert (decision.change, decision.missed, decision.preempt) == (LESS, True, ())
 
     def test_one_late_token_is_no_miss_while_steps_are_faster_than_promised(self):
         decision = plan([decoding("d", slack_s=1 * MS)], k=8, tpot_s=17 * MS)
-        assert (decision.k_next, decision.missed, decision.preempt) == (8, False, ())
+        assert (decision.change, decision.missed, decision.preempt) == (None, False, ())
 
     def test_slower_steps_than_promised_are_no_miss_while_everyone_has_slack(self):
         decision = plan([decoding("d", slack_s=100 * MS)], k=8, tpot_s=15 * MS)
-        assert (decision.k_next, decision.missed, decision.preempt) == (8, False, ())
+        assert (decision.change, decision.missed, decision.preempt) == (None, False, ())
 
     def test_fewer_prompt_tokens_come_first(self):
         decision = plan([decoding("d", slack_s=17 * MS)], [waiting("p", prompt=500)], k=8)
-        assert (decision.k_next, decision.missed) == (8, False)
+        assert (decision.change, decision.missed) == (None, False)
         assert dict(decision.rows)["p"] < 500
 
     def test_one_that_is_late_already_catches_up_by_itself_if_steps_are_fast_enough(self):
         late = decoding("d", slack_s=LATE)
-        assert plan([late], k=8, tpot_s=17 * MS).k_next == 8
-        assert plan([late], k=8, tpot_s=15 * MS).k_next == 7
+        assert plan([late], k=8, tpot_s=17 * MS).change is None
+        assert plan([late], k=8, tpot_s=15 * MS).change == LESS
 
     def test_k_stays_at_its_least(self):
-        assert plan([decoding("d", slack_s=15 * MS)], k=8, k_min=8, tpot_s=15 * MS).k_next == 8
+        assert plan([decoding("d", slack_s=15 * MS)], k=8, k_min=8, tpot_s=15 * MS).change is None
 
     def test_no_unit_comes_home_that_does_not_make_steps_faster(self):
         many = [decoding(str(number), slack_s=MS) for number in range(60)]  # 6.9 ms of compute
-        assert plan(many, k=3, max_batch=60, tpot_s=6 * MS).k_next == 3
-        assert plan(many, k=4, max_batch=60, tpot_s=6 * MS).k_next == 3
+        assert plan(many, k=3, max_batch=60, tpot_s=6 * MS).change is None
+        assert plan(many, k=4, max_batch=60, tpot_s=6 * MS).change == (3, Cause.LINK)
 
     def test_no_unit_comes_home_that_takes_the_room_somebody_will_need(self):
         late = decoding("d", slack_s=15 * MS, most_tokens=160)
         slow = {"k": 8, "tpot_s": 15 * MS}
-        assert plan([late], **slow, blocks_below=10).k_next == 7
-        assert plan([late], **slow, blocks_below=9).k_next == 8
+        assert plan([late], **slow, blocks_at=(10,) * 9).change == LESS
+        assert plan([late], **slow, blocks_at=(9,) * 9).change is None
         other = [waiting("w", prompt=20, most_tokens=177)]
-        assert plan([late], other, **slow, blocks_below=11).k_next == 8
+        assert plan([late], other, **slow, blocks_at=(11,) * 9).change is None
 
     def test_at_the_least_k_the_last_go_so_that_the_others_are_in_time(self):
         running = [decoding(str(number), slack_s=MS, priority=-number) for number in range(5)]
@@ -323,15 +342,41 @@ class TestPace:
         running = [decoding(str(number), slack_s=MS) for number in range(5)]
         assert plan(running, tpot_s=0.9 * MS).preempt == ()
 
-    def test_a_home_is_lent_to_those_who_wait_after_a_quiet_while(self):
+    def test_one_turn_brings_home_as_many_units_as_the_promise_takes(self):
+        decision = plan([decoding("d", slack_s=9 * MS)], k=8, tpot_s=9 * MS)
+        assert decision.change == (4, Cause.LINK)
+
+    def test_where_no_k_keeps_the_promise_the_fastest_is_taken(self):
+        decision = plan([decoding("d", slack_s=MS)], k=8, k_min=3, tpot_s=MS / 2)
+        assert decision.change == (3, Cause.LINK)
+
+    def test_a_home_is_lent_to_those_who_wait_for_kv_in_a_calm_while(self):
         queue = [waiting("w", prompt=100)]
-        quiet = {"free_blocks": 2, "k": 3, "k_up": 4, "quiet_s": DEMOTE_AFTER_S}
-        assert plan([decoding("d")], queue, **quiet).k_next == 4
-        assert plan([decoding("d")], queue, **{**quiet, "quiet_s": 0.0}).k_next == 3
-        assert plan([decoding("d")], queue, **{**quiet, "k_up": None}).k_next == 3
-        assert plan([decoding("d")], queue, **{**quiet, "free_blocks": 7}).k_next == 3
-        assert plan([decoding("d")], queue, **quiet, tpot_s=8.2 * MS).k_next == 3
-        assert plan([decoding("d")], queue, **quiet, max_batch=1).k_next == 3
+        calm = {"free_blocks": 2, "k": 3, "k_up": 4, "calm_s": 10.0, "dwell_s": 2.0}
+        assert plan([decoding("d")], queue, **calm).change == (4, Cause.KV)
+        assert plan([decoding("d")], queue, **{**calm, "calm_s": 9.9}).change is None
+        assert plan([decoding("d")], queue, **{**calm, "dwell_s": 1.9}).change is None
+        assert plan([decoding("d")], queue, **{**calm, "k_up": None}).change is None
+        assert plan([decoding("d")], queue, **{**calm, "free_blocks": 7}).change is None
+        assert plan([decoding("d")], queue, **calm, tpot_s=8.2 * MS).change is None
+        assert plan([decoding("d")], queue, **calm, max_batch=1).change is None
+
+    def test_no_home_is_lent_where_more_requests_at_a_time_serve_fewer_per_second(self):
+        running = [decoding(str(number)) for number in range(6)]
+        calm = {"free_blocks": 2, "calm_s": 10.0, "dwell_s": 2.0, "tpot_s": 100 * MS}
+        queue = [waiting("w", prompt=100)]
+        assert plan(running, queue, **calm, k=8, k_up=9).change == (9, Cause.KV)  # 7/6 > 9/8
+        assert plan(running, queue, **calm, k=8, k_up=10).change is None  # 7/6 < 10/8
+
+    def test_what_nobody_needs_goes_back_after_a_while_if_steps_gain_by_it(self):
+        spare = {"k": 6, "blocks": 100, "free_blocks": 96, "dwell_s": 20.0}
+        assert plan([decoding("d")], **spare).change == (5, Cause.SPARE)
+        assert plan([decoding("d")], **{**spare, "dwell_s": 19.0}).change is None
+        assert plan([decoding("d")], **spare, k_min=6).change is None
+        assert plan([decoding("d")], **spare, blocks_at=(4,) * 7).change is None
+        assert plan([decoding("d")], [waiting("w")], **spare).change is None
+        assert plan([decoding("d")], **{**spare, "k": 0}).change is None
+        assert plan([], **spare).change is None
 
 
 @st.composite
@@ -389,10 +434,12 @@ def states(draw):
         policy=POLICY,
         k_min=draw(st.integers(0, k)),
         k_up=draw(st.integers(k + 1, 10)) if k < 10 and draw(st.booleans()) else None,
-        blocks_below=draw(st.integers(0, 60)),
+        blocks_at=tuple(sorted(draw(st.lists(st.integers(0, 60), min_size=11, max_size=11)))),
         host_blocks=draw(st.integers(0, 60)),
         block_copy_s=draw(st.floats(0, 1e-2)),
-        quiet_s=draw(st.floats(0, 5)),
+        calm_s=draw(st.floats(0, 20)),
+        dwell_s=draw(st.floats(0, 40)),
+        reserve=draw(st.floats(0, 0.5)),
         levels={name: draw(st.floats(0, 3000)) for name in "xyz"},
     )
 
@@ -448,7 +495,7 @@ def test_whenever_somebody_is_there_a_step_gets_somebody_on(now):
     if not now.running and not now.waiting:
         return
     moves = decision.rows or decision.admit or decision.fail or decision.preempt
-    assert moves or decision.k_next != now.k
+    assert moves or decision.change is not None
 
 
 @settings(deadline=None)

@@ -56,6 +56,7 @@ class ScriptedEngine:
         script: the text, then optionally HANG or an error. A seed starts that many characters
             later, so that sequences differ.
         refusal: raised at every submission.
+        verdict_after_s: what it takes to accept or refuse.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class ScriptedEngine:
         codec: TextCodec,
         *script: str | Exception,
         refusal: SelectNError | None = None,
+        verdict_after_s: float = 0.0,
         max_tokens: int = 1000,
         predicted_iteration_s: float = 0.05,
     ) -> None:
         self._codec = codec
         self._script = script
         self._refusal = refusal
+        self._verdict_after_s = verdict_after_s
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
         self.health: EngineError | None = None
@@ -106,11 +109,13 @@ class ScriptedEngine:
         return self.info
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
-        if self._refusal:
-            raise self._refusal
         self.requests.append(request)
         finished = False
         try:
+            await asyncio.sleep(self._verdict_after_s)
+            if self._refusal:
+                finished = True
+                raise self._refusal
             yield Output(request.id)  # accepted
             async for output in self._outputs(request):
                 finished = output.finish is not None

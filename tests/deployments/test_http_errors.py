@@ -6,6 +6,7 @@ import openai
 import pytest
 from standins import HANG, MODEL, Client, ScriptedEngine, codec, eventually, serving
 
+from select_n_core.decisions.facts import Reason
 from select_n_core.errors import DeviceMemoryError, EngineError, OverloadedError, RequestError
 
 
@@ -173,12 +174,33 @@ def test_a_model_without_a_chat_template_refuses_chats(says):
     assert error["param"] == "messages"
 
 
-def test_an_overloaded_engine_is_429_with_a_delay(says):
-    client = says(refusal=OverloadedError("the queue is full", retry_after_s=2.3))
+@pytest.mark.parametrize("reason", list(Reason))
+def test_an_overloaded_engine_is_429_with_its_reason_and_a_delay(says, reason):
+    client = says(refusal=OverloadedError("the queue is full", reason=reason, retry_after_s=2.3))
     for response in (client.chat(), client.chat(stream=True), client.chat(n=2)):
         error = error_of(response, 429)
-        assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
+        assert (error["type"], error["code"]) == ("rate_limit_error", f"overloaded_{reason}")
         assert response.headers["Retry-After"] == "3"
+
+
+def test_the_delay_is_whole_seconds_and_one_at_least(says):
+    client = says(refusal=OverloadedError("full", reason=Reason.KV, retry_after_s=0.02))
+    assert client.chat().headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_after_a_wait_is_a_whole_429_too(says, stream):
+    refusal = OverloadedError("no room came free", reason=Reason.TTFT, retry_after_s=4)
+    client = says("ab", refusal=refusal, verdict_after_s=0.3, stream_timeout="100ms")
+    response = client.chat(stream=stream)
+    assert error_of(response, 429)["code"] == "overloaded_ttft"
+    assert response.headers["Content-Type"] == "application/json"
+    assert response.headers["Retry-After"] == "4"
+
+
+def test_one_may_wait_longer_to_be_let_in_than_between_tokens(says):
+    client = says("ab", verdict_after_s=0.3, stream_timeout="100ms")
+    assert client.chat().status_code == 200
 
 
 def test_the_engines_own_refusal_names_the_field(says):

@@ -55,10 +55,10 @@ def test_metrics_count_requests_and_time_tokens(says):
 
 
 def test_metrics_count_refusals_by_their_reason(says):
-    client = says(refusal=OverloadedError("full", retry_after_s=1))
+    client = says(refusal=OverloadedError("full", reason="kv", retry_after_s=1))
     client.chat()
     page = client.http.get("/metrics").text
-    assert read(page, "select_n_admission_decisions_total", reason="overloaded") == 1
+    assert read(page, "select_n_admission_decisions_total", reason="overloaded_kv") == 1
 
 
 def test_metrics_tell_why_a_request_ended(says):

@@ -30,9 +30,19 @@ async def test_a_call_ends_in_one_finish(text):
 
 
 async def test_a_refusal_is_the_first_and_only_chunk(text):
-    engine = ScriptedEngine(text, refusal=OverloadedError("full", retry_after_s=4))
+    engine = ScriptedEngine(text, refusal=OverloadedError("full", reason="kv", retry_after_s=4))
     [failure] = await chunks(replica(engine, text), Call("a", "Hi"))
-    assert failure == Failure("overloaded", "full", retry_after_s=4)
+    assert failure == Failure("overloaded_kv", "full", retry_after_s=4)
+
+
+async def test_a_call_that_leaves_while_it_waits_to_be_let_in_stops_its_request(text):
+    engine = ScriptedEngine(text, "ok", verdict_after_s=60)
+    task = asyncio.create_task(chunks(replica(engine, text), Call("a", "Hi")))
+    await soon(engine.is_asked)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.cancelled == ["a"]
 
 
 async def test_a_cancelled_task_stops_the_request(text):

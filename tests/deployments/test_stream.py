@@ -6,7 +6,7 @@ import pytest
 
 from deployments.calls import Accepted, Delta, Failure
 from deployments.http.live import LiveRequests
-from deployments.http.stream import merged, watched
+from deployments.http.stream import firsts, merged, watched
 
 
 class Source:
@@ -40,6 +40,33 @@ async def test_silence_ends_a_watched_stream():
     *_, last = [chunk async for chunk in watched(source(), 0.01)]
     assert last.code == "stream_timeout"
     assert source.closed
+
+
+async def test_the_verdict_may_take_longer_than_what_follows():
+    async def slow():
+        await asyncio.sleep(0.1)
+        yield Accepted(1)
+        await asyncio.Event().wait()
+
+    verdict, last = [chunk async for chunk in watched(slow(), 0.01, verdict_s=10)]
+    assert verdict == Accepted(1)
+    assert (last.code, last.message) == ("stream_timeout", "nothing came from the model for 0.01 s")
+
+
+async def test_first_chunks_come_as_they_are_there_and_leave_the_streams_open():
+    one, two = Source(Accepted(1), LAST), Source(Accepted(2), LAST)
+    streams = [one(), two()]
+    firsts_of = [pair async for pair in firsts(streams)]
+    assert sorted(firsts_of, key=lambda pair: pair[0]) == [(0, Accepted(1)), (1, Accepted(2))]
+    assert [await anext(stream) for stream in streams] == [LAST, LAST]
+
+
+async def test_who_heard_enough_of_the_first_chunks_need_not_wait_for_the_others():
+    quick, slow = Source(Failure("overloaded_kv", "full")), Source(None)
+    chunks = firsts([quick(), slow()])
+    assert (await anext(chunks))[0] == 0
+    await chunks.aclose()
+    assert slow.closed
 
 
 async def test_a_stream_that_just_stops_is_a_failure():

@@ -92,13 +92,14 @@ def test_a_request_is_timed_under_the_genai_names(text, exported):
 
 
 def test_a_refusal_is_counted_with_its_reason_and_ends_the_request(text, exported):
-    with says(text, exported, refusal=OverloadedError("full", retry_after_s=1)) as client:
+    refusal = OverloadedError("full", reason="kv", retry_after_s=1)
+    with says(text, exported, refusal=refusal) as client:
         client.chat()
     assert exported.values("select_n.admission.decisions") == [
-        ({"model": MODEL, "outcome": "refused", "reason": "overloaded"}, 1)
+        ({"model": MODEL, "outcome": "refused", "reason": "overloaded_kv"}, 1)
     ]
     assert exported.observed("gen_ai.server.request.duration") == [
-        (CHAT | {"error.type": "overloaded"}, 1)
+        (CHAT | {"error.type": "overloaded_kv"}, 1)
     ]
     assert "gen_ai.server.time_to_first_token" not in exported.metrics()
 
@@ -127,6 +128,8 @@ def test_a_replica_exports_its_units_link_and_queue(text, exported):
         stall_s=1.5,
         link_bytes_by={("h2d", "weights"): 1 << 40, ("d2h", "kv"): 5},
         swaps=6,
+        admitted=9,
+        returned={"kv": 2, "ttft": 1},
     )
     assert exported.values("select_n.interval") == [({}, 3.0)]
     assert exported.values("select_n.units") == [
@@ -142,6 +145,11 @@ def test_a_replica_exports_its_units_link_and_queue(text, exported):
     assert exported.values("select_n.preemptions") == [
         ({"way": "swap"}, 6),
         ({"way": "recompute"}, 0),
+    ]
+    assert exported.values("select_n.engine.admissions") == [
+        ({"outcome": "admitted", "reason": ""}, 9),
+        ({"outcome": "refused", "reason": "kv"}, 2),
+        ({"outcome": "refused", "reason": "ttft"}, 1),
     ]
     assert exported.values("select_n.link.bandwidth") == [({}, 1e9)]
     assert exported.values("select_n.copy_stall.duration") == [({}, 1.5)]
@@ -165,6 +173,7 @@ def test_a_replicas_series_have_units_and_what_only_grows_is_a_counter(text, exp
         "select_n.copy_stall.duration": "s",
         "select_n.interval.changes": "{change}",
         "select_n.preemptions": "{preemption}",
+        "select_n.engine.admissions": "{sequence}",
         "select_n.host.lease.bytes": "By",
         "select_n.host.pinned.bytes": "By",
         "select_n.running_requests": "{request}",
@@ -180,6 +189,7 @@ def test_a_replicas_series_have_units_and_what_only_grows_is_a_counter(text, exp
         "select_n.copy_stall.duration",
         "select_n.interval.changes",
         "select_n.iterations",
+        "select_n.engine.admissions",
         "select_n.preemptions",
     }
 

@@ -63,11 +63,13 @@ def reaches(server, number: int) -> bool:
 
 @contextlib.contextmanager
 def clients(server, count: int):
-    """`count` chats at any time; all must succeed."""
+    """`count` chats at any time; all must succeed, if need be after waiting as they were told."""
     done, failures = threading.Event(), []
 
     async def chat() -> None:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=100
+        ) as client:
             while not done.is_set():
                 await client.completions.create(
                     model="tiny", prompt="the fox", max_tokens=200, extra_body={"ignore_eos": True}

@@ -1,0 +1,89 @@
+"""The interval control: when one unit more or less is streamed, and why.
+
+Less at once when a promise is in danger; more only in calm, one unit at a time, and only for those
+who wait for the KV that it frees. What nobody needs goes back: streaming less is never slower.
+Source: Select-N's online stage (arXiv 2502.08182), made continuous: k moves by one, per iteration.
+"""
+
+from __future__ import annotations
+
+from select_n_core.decisions.batch import Batch
+from select_n_core.decisions.facts import Cause, Change, StepState
+from select_n_core.decisions.latency import LatencyModel, StepShape
+from select_n_core.decisions.pace import Pace, pace_of
+
+# In steps at the promised pace.
+CALM_STEPS = 10.0  # without a predicted miss, before more is streamed
+DWELL_STEPS = 2.0  # at a k, before more is streamed: what the last turn freed comes first
+SPARE_STEPS = 20.0  # without a turn, before KV that nobody needs goes back
+
+_SLOWER = 1.001  # a step must be more than this slower to count as slower
+_FASTER = 1.01  # what a unit at home must gain, where nothing forces it there
+_COPIES = 0.98  # share of a step in copies at which they are what takes so long
+_TPOT_MARGIN = 0.95  # of the promise that a step may take once a home is lent
+_RESERVE = 0.1  # of the KV blocks that stay free when homes are taken back
+
+
+def fewer_in_danger(
+    state: StepState, batch: Batch, pace: Pace, model: LatencyModel
+) -> Change | None:
+    """As many units less as it takes to keep the promise, as far as that makes steps faster.
+
+    Everyone keeps room to end; what does not fit any more is preempted by whoever turns k.
+    """
+    step_s = pace.step_s(batch.shape)
+    copy_bound = pace.copies_s >= _COPIES * step_s
+    most = max(request.most_tokens for request in (*batch.requests, *state.waiting))
+    need, best = state.blocks_of(most), state.k
+    for k in range(state.k - 1, state.k_min - 1, -1):
+        faster_s = pace_of(model, k, state.slots).step_s(batch.shape)
+        if faster_s * _SLOWER >= step_s or need > state.blocks_at[k]:
+            break
+        best, step_s = k, faster_s
+        if step_s <= state.tpot_s:
+            break
+    if best == state.k:
+        return None
+    return Change(best, Cause.LINK if copy_bound else Cause.TPOT)
+
+
+def fewer_to_spare(
+    state: StepState, batch: Batch, pace: Pace, model: LatencyModel
+) -> Change | None:
+    """One unit less, if nobody needs the KV in its home and steps gain by it."""
+    if state.k <= state.k_min or state.waiting or not batch.requests:
+        return None
+    if state.dwell_s < SPARE_STEPS * state.tpot_s:
+        return None
+    owned = state.blocks - state.free_blocks
+    if owned + max(0, batch.growth) > (1 - _RESERVE) * state.blocks_at[state.k - 1]:
+        return None
+    shape = batch.later_shape
+    if pace_of(model, state.k - 1, state.slots).step_s(shape) * _FASTER >= pace.step_s(shape):
+        return None
+    return Change(state.k - 1, Cause.SPARE)
+
+
+def may_stream_more(
+    state: StepState, now: StepShape, joined: StepShape, need: int, model: LatencyModel
+) -> bool:
+    """Whether there is time to lend a home for one more request, and whether it serves more.
+
+    Args:
+        now, joined: a step in which all who run decode, and one with that request too.
+        need: blocks that the request lacks. As many like it as the home holds and as wait may come.
+    """
+    if state.k_up is None or state.calm_s < CALM_STEPS * state.tpot_s:
+        return False
+    if state.dwell_s < DWELL_STEPS * state.tpot_s:
+        return False
+    slower, faster = (pace_of(model, k, state.slots) for k in (state.k_up, state.k))
+    if slower.step_s(joined) > state.tpot_s * _TPOT_MARGIN:
+        return False
+    freed = state.blocks_at[state.k_up] - state.blocks
+    more = max(1, min(freed // max(1, need), len(state.waiting)))
+    rows = now.decode_rows + more
+    context = now.context_tokens + more * (joined.context_tokens - now.context_tokens)
+    # More requests at a time must serve more per second, not only hold more.
+    gained_s = slower.step_s(StepShape(rows, context))
+    return rows * faster.step_s(now) >= now.decode_rows * gained_s
