@@ -29,7 +29,7 @@ class Admission:
     Attributes:
         admitted: in order. evicted: running requests that make room for the last of them.
         fail: who can never fit. free_blocks: left for the rows of this step.
-        k_up: units to stream instead, for those who wait.
+        k_up: units to stream instead, for those who wait. short: somebody waits for KV.
     """
 
     free_blocks: int
@@ -37,6 +37,7 @@ class Admission:
     evicted: list[RequestFacts] = field(default_factory=list)
     fail: list[str] = field(default_factory=list)
     k_up: int | None = None
+    short: bool = False
 
 
 def admit(
@@ -71,6 +72,7 @@ def admit(
             lack = room.late(request)  # alone, it need not leave room for anyone
         else:  # homes are lent to it first, or are on their way
             came.k_up = state.k_up if need > state.blocks else None
+            came.short = True
             return came
         if lack is None:
             _let_in(came, request, room, state)
@@ -85,20 +87,14 @@ def admit(
         if places < 1 or late >= _MOST_LATE or not overtaken:
             break
     if first is not None:
-        lend = not missed and _may_lend_a_home(first, room, state, model)
+        need = room.growth(first)
+        came.short = need > room.free_blocks
+        lend = came.short and not missed and room.shape.decode_rows < state.max_batch
+        lend = lend and may_stream_more(state, room.shape, first, need, model)
         _evict_for(first, came, room, places, batch, order, state)
         if lend and not came.evicted:
             came.k_up = state.k_up
     return came
-
-
-def _may_lend_a_home(
-    request: RequestFacts, room: Room, state: StepState, model: LatencyModel
-) -> bool:
-    """Whether there is time to stream more for a request that lacks blocks and nothing else."""
-    if room.growth(request) <= room.free_blocks or room.shape.decode_rows >= state.max_batch:
-        return False
-    return may_stream_more(state, room.shape, room.joined(request), room.growth(request), model)
 
 
 def _let_in(came: Admission, request: RequestFacts, room: Room, state: StepState) -> None:

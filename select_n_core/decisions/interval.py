@@ -8,9 +8,9 @@ Source: Select-N's online stage (arXiv 2502.08182), made continuous: k moves by 
 from __future__ import annotations
 
 from select_n_core.decisions.batch import Batch
-from select_n_core.decisions.facts import Cause, Change, StepState
+from select_n_core.decisions.facts import Cause, Change, RequestFacts, StepState
 from select_n_core.decisions.latency import LatencyModel, StepShape
-from select_n_core.decisions.pace import Pace, pace_of
+from select_n_core.decisions.pace import Pace, pace_of, with_prompt
 
 # In steps at the promised pace.
 CALM_STEPS = 10.0  # without a predicted miss, before more is streamed
@@ -48,10 +48,14 @@ def fewer_in_danger(
 
 
 def fewer_to_spare(
-    state: StepState, batch: Batch, pace: Pace, model: LatencyModel
+    state: StepState, batch: Batch, short: bool, pace: Pace, model: LatencyModel
 ) -> Change | None:
-    """One unit less, if nobody needs the KV in its home and steps gain by it."""
-    if state.k <= state.k_min or state.waiting or not batch.requests:
+    """One unit less, if nobody needs the KV in its home and steps gain by it.
+
+    Args:
+        short: somebody waits for KV.
+    """
+    if state.k <= state.k_min or short or not batch.requests:
         return None
     if state.dwell_s < SPARE_STEPS * state.tpot_s:
         return None
@@ -65,25 +69,34 @@ def fewer_to_spare(
 
 
 def may_stream_more(
-    state: StepState, now: StepShape, joined: StepShape, need: int, model: LatencyModel
+    state: StepState, now: StepShape, request: RequestFacts, need: int, model: LatencyModel
 ) -> bool:
-    """Whether there is time to lend a home for one more request, and whether it serves more.
+    """Whether there is time to lend a home for one more request, and whether that serves more.
+
+    Steps are looked at as they go on for ever: as many prompts come as requests end. As many like
+    `request` come as the home holds and as wait.
 
     Args:
-        now, joined: a step in which all who run decode, and one with that request too.
-        need: blocks that the request lacks. As many like it as the home holds and as wait may come.
+        now: a step in which all who run decode. need: blocks that the request lacks.
     """
     if state.k_up is None or state.calm_s < CALM_STEPS * state.tpot_s:
         return False
     if state.dwell_s < DWELL_STEPS * state.tpot_s:
         return False
-    slower, faster = (pace_of(model, k, state.slots) for k in (state.k_up, state.k))
-    if slower.step_s(joined) > state.tpot_s * _TPOT_MARGIN:
-        return False
     freed = state.blocks_at[state.k_up] - state.blocks
     more = max(1, min(freed // max(1, need), len(state.waiting)))
-    rows = now.decode_rows + more
-    context = now.context_tokens + more * (joined.context_tokens - now.context_tokens)
+    slower, faster = (pace_of(model, k, state.slots) for k in (state.k_up, state.k))
+    if slower.step_s(_going_on(now, 1, request)) > state.tpot_s * _TPOT_MARGIN:
+        return False
     # More requests at a time must serve more per second, not only hold more.
-    gained_s = slower.step_s(StepShape(rows, context))
-    return rows * faster.step_s(now) >= now.decode_rows * gained_s
+    then_s = slower.step_s(_going_on(now, more, request))
+    now_s = faster.step_s(_going_on(now, 0, request))
+    return (now.decode_rows + more) * now_s >= now.decode_rows * then_s
+
+
+def _going_on(now: StepShape, more: int, request: RequestFacts) -> StepShape:
+    """A step beside which a prompt is computed for every request that ends."""
+    end = max(request.expected_tokens, request.next_tokens)
+    rows = now.decode_rows + more
+    tokens = rows * request.next_tokens // max(1, end - request.next_tokens)
+    return with_prompt(StepShape(rows, now.context_tokens + more * end), tokens)

@@ -48,7 +48,7 @@ def plan_step(state: StepState, model: LatencyModel) -> StepDecision:
         if came.k_up is not None:
             change = Change(came.k_up, Cause.KV)
         elif change is None and not victims and not came.admitted:
-            change = fewer_to_spare(state, batch, pace, model)
+            change = fewer_to_spare(state, batch, came.short, pace, model)
     if victims:
         freed = sum(victim.blocks for victim in victims)
         state = replace(state, free_blocks=state.free_blocks + freed)

@@ -364,9 +364,16 @@ class TestPace:
     def test_no_home_is_lent_where_more_requests_at_a_time_serve_fewer_per_second(self):
         running = [decoding(str(number)) for number in range(6)]
         calm = {"free_blocks": 2, "calm_s": 10.0, "dwell_s": 2.0, "tpot_s": 100 * MS}
-        queue = [waiting("w", prompt=100)]
+        queue = [waiting("w", prompt=100, expected=2000)]
         assert plan(running, queue, **calm, k=8, k_up=9).change == (9, Cause.KV)  # 7/6 > 9/8
         assert plan(running, queue, **calm, k=8, k_up=10).change is None  # 7/6 < 10/8
+
+    def test_no_home_is_lent_where_prompts_would_not_find_the_time(self):
+        calm = {"free_blocks": 2, "calm_s": 10.0, "dwell_s": 2.0, "k": 3, "k_up": 4}
+        short = [waiting("w", prompt=100, expected=110)]  # 20 prompt tokens a step: 3.1 ms
+        assert plan([decoding("d")], short, **calm, tpot_s=9 * MS).change == (4, Cause.KV)
+        shorter = [waiting("w", prompt=100, expected=102)]  # 100 of them: 11.1 ms
+        assert plan([decoding("d")], shorter, **calm, tpot_s=9 * MS).change is None
 
     def test_what_nobody_needs_goes_back_after_a_while_if_steps_gain_by_it(self):
         spare = {"k": 6, "blocks": 100, "free_blocks": 96, "dwell_s": 20.0}
@@ -374,7 +381,8 @@ class TestPace:
         assert plan([decoding("d")], **{**spare, "dwell_s": 19.0}).change is None
         assert plan([decoding("d")], **spare, k_min=6).change is None
         assert plan([decoding("d")], **spare, blocks_at=(4,) * 7).change is None
-        assert plan([decoding("d")], [waiting("w")], **spare).change is None
+        wants_kv = [waiting("w", prompt=1560)]  # 98 of the 96 blocks that are free
+        assert plan([decoding("d")], wants_kv, **spare).change is None
         assert plan([decoding("d")], **{**spare, "k": 0}).change is None
         assert plan([], **spare).change is None
 
