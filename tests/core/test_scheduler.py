@@ -450,7 +450,7 @@ def worlds(draw) -> Served:
 
 
 class Histories(RuleBasedStateMachine):
-    """Requests of tenants and classes come, go and are cancelled while k turns and copies fail."""
+    """Requests come, go and are cancelled while k turns, copies fail and the clock jumps."""
 
     @initialize(world=worlds())
     def make(self, world: Served) -> None:
@@ -471,6 +471,10 @@ class Histories(RuleBasedStateMachine):
         name = str(len(self.asked))
         self.asked[name] = asked(name, prompt, tokens, tenant=tenant, priority=priority)
         self.world.engine.submit(self.asked[name])
+
+    @rule(seconds=st.sampled_from([-1e6, -10.0, 10.0, 1e6]))
+    def the_clock_jumps(self, seconds: float) -> None:
+        self.world.clock.now_s += seconds
 
     @rule(count=st.integers(1, 12))
     def steps(self, count: int) -> None:
