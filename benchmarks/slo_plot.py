@@ -151,7 +151,7 @@ def _k_over_time(axes: Axes, load: dict[str, Any], runs: Sequence[dict[str, Any]
     best = load["best_static_k"]
     axes.axhline(best, color=COLOURS[BEST], linestyle=":", linewidth=1.2)
     axes.set_xlim(0, minutes * len(load["phases"]))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(4, axes.get_ylim()[1]))
     axes.set_xlabel("minutes")
     axes.set_ylabel(
         "k, units streamed by select_n\n(dashed: flexgen; dotted: best static,\nby the planner)"
