@@ -36,13 +36,11 @@ def test_streaming_one_more_layer_keeps_the_others_streamed(units, data):
 
 
 @given(LAYERS, st.data())
-def test_every_prefix_is_nearly_evenly_spaced(units, data):
+def test_no_prefix_leaves_a_long_gap(units, data):
     k = data.draw(st.integers(1, units))
     gaps = cyclic_gaps(streamed_units(units, k), units)
     even = 1 << (k.bit_length() - 1)  # the last power of two: those layers stand evenly
     assert max(gaps) <= math.ceil(1.1 * units / even)
-    between = gaps[1:-1]  # the outermost two may stand in for places outside the units
-    assert min(between, default=units) >= int(1.1 * units / (2 * even))
 
 
 @given(LAYERS)
