@@ -1,8 +1,8 @@
 """The interval control: when one unit more or less is streamed, and why.
 
-Less at once when a promise is in danger; more only in calm, one unit at a time, and only for those
-who wait for the KV that it frees. What nobody needs goes back: streaming less is never slower.
-Source: Select-N's online stage (arXiv 2502.08182), made continuous: k moves by one, per iteration.
+Less at once when a promise is in danger, by as many units as it takes; more only in calm, by the
+next unit that frees KV, and only for those who wait for it. What nobody needs goes back: streaming
+less is never slower. Source: Select-N's online stage (arXiv 2502.08182), which moves an integer N.
 """
 
 from __future__ import annotations
