@@ -2,9 +2,9 @@
 
 Each process is a replica: its own model, mirrors and link. First each runs alone, for its unit's
 copy time, its time at k = 0 and with all units streamed. Then both decode at the same time; before
-every iteration each ticks on the board and takes the largest k that its share of the bus allows
-within the promised time. The promise is a little more than all units alone take, so that both want
-the whole bus.
+every iteration each ticks on the board, rests if it is ahead of its share of the bus, and takes the
+largest k that this share allows within the promised time. The promise is a little more than all
+units alone take, so that both want the whole bus.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -24,9 +24,10 @@ from benchmarks.environment import note
 from benchmarks.gpu_bench import Batch, Budget, Rig, batch, copy_seconds, open_rig
 from benchmarks.gpu_models import SHAPES, Shape, random_model
 from select_n_core.config import BusConfig
-from select_n_core.decisions.bus import SHARED
-from select_n_core.decisions.grant import k_within, link_use
+from select_n_core.decisions.bus import SHARED, Grant
+from select_n_core.decisions.grant import Ration, within_grant
 from select_n_core.decisions.latency import ComputeModel, LatencyModel, StepShape
+from select_n_core.decisions.pace import pace_of
 from select_n_core.links.base import Direction
 from select_n_core.links.board import Member
 from select_n_core.links.emulated import EmulatedLink
@@ -217,9 +218,7 @@ def _alone(rig: Rig, decoding: Batch) -> Alone:
 
 
 def _together(rig: Rig, decoding: Batch, alone: Alone, member: Member, seconds: float) -> Together:
-    model, one = alone.latency, StepShape(decode_rows=1)
-    promise_s = PROMISE * alone.streamed_s
-    wanted = link_use(model, one, alone.units, SLOTS, alone.unit_bytes)
+    promise_s, ration = PROMISE * alone.streamed_s, Ration()
     sent = _sent_bytes(rig)
     run = Together([], [], [], [], member.capacity_bytes_per_s)
     decoding.executor.streamer.take_used()
@@ -227,8 +226,10 @@ def _together(rig: Rig, decoding: Batch, alone: Alone, member: Member, seconds: 
     seen: float | None = None
     begun_s = time.perf_counter()
     while time.perf_counter() < begun_s + seconds:
-        granted = member.tick(wanted, seen_bytes_per_s=seen, copying_share=copying)
-        k = k_within(model, one, alone.units, SLOTS, alone.unit_bytes, member.grant, promise_s)
+        time.sleep(ration.rest_s(time.perf_counter()))
+        granted = member.tick(alone.use_bytes_per_s, seen_bytes_per_s=seen, copying_share=copying)
+        k = _k_within(alone, member.grant, promise_s)
+        ration.moved(k * alone.unit_bytes, time.perf_counter(), member.grant)
         iteration_s = decoding.iteration(k)
         nbytes, copied_s = decoding.executor.streamer.take_used()
         seen = nbytes / copied_s if copied_s else None
@@ -239,6 +240,17 @@ def _together(rig: Rig, decoding: Batch, alone: Alone, member: Member, seconds: 
         run.grants.append(granted)
     member.tick(0.0)
     return Together(run.at_s, run.sent_bytes, run.ks, run.grants, member.capacity_bytes_per_s)
+
+
+def _k_within(alone: Alone, grant: Grant, promise_s: float) -> int:
+    """The largest k whose step ends in time beside the others on the bus; none is 0."""
+    beside = within_grant(alone.latency, alone.unit_bytes, grant)
+    fitting = bisect_right(
+        range(alone.units + 1),
+        promise_s,
+        key=lambda k: pace_of(beside, k, SLOTS).step_s(StepShape(decode_rows=1)),
+    )
+    return max(0, fitting - 1)
 
 
 def _sent_bytes(rig: Rig) -> Callable[[], int]:

@@ -1,11 +1,11 @@
 """Sharing a bus: one allocation for all members, and the claims that keep them within it.
 
 Every member shows what it wants (its demand) and what it may use (its claim), and all compute the
-same max-min fair shares. A member lowers its claim as soon as its share shrinks. To raise it, it
-shows the higher claim first and then looks at the others': it takes what their claims leave. So of
-two that raise at once the later one sees the earlier, in whatever order their reads and writes
-fall: what all use together never exceeds what is shared out. An increase therefore waits exactly
-for those who have to give way.
+same max-min fair shares. To raise its claim, a member shows the higher one first and then looks at
+the others': it takes what their claims leave. So of two that raise at once the later one sees the
+earlier, in whatever order their reads and writes fall: what all claim together never exceeds what
+is shared out. An increase therefore waits exactly for those who have to give way. They do so over
+the lifetime of a typical request: to those that run, the share was promised.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Grant:
     """What a member may count on.
 
     Attributes:
-        bytes_per_s: its share, an average over an iteration; no more than it asked for.
-        fair_bytes_per_s: what its share would be if it asked for everything; the whole bus where
-            nobody else wants any of it.
+        bytes_per_s: its share, an average over iterations; no more than it asked for.
+        usable_bytes_per_s: what it may use as it stands: its share, or more where nobody claims
+            the rest; while others still give way, an even part of what it asked for.
         copy_bytes_per_s: at which one of its copies runs beside the others.
     """
 
     bytes_per_s: float
-    fair_bytes_per_s: float
+    usable_bytes_per_s: float
     copy_bytes_per_s: float
 
 
@@ -91,14 +91,20 @@ def allocate(demands: Sequence[float], capacity_bytes_per_s: float) -> tuple[flo
 class Claim:
     """One member's claim on the bus.
 
+    Args:
+        lifetime_s: in which it gives the whole bus back, while it still wants it; 0 is at once.
+
     Attributes:
-        in_use: bytes/s that it may use now; never above what it shows.
+        in_use: bytes/s that it claims now; never above what it shows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lifetime_s: float = 0.0) -> None:
         self.in_use = 0.0
+        self._lifetime_s = lifetime_s
+        self._capacity = math.inf
+        self._ticked_s = math.inf
 
-    def tick(self, words: Words, demand: float, capacity_bytes_per_s: float) -> Grant:
+    def tick(self, words: Words, demand: float, capacity_bytes_per_s: float, now_s: float) -> Grant:
         """Show `demand` and settle what this member may use from now on.
 
         Raises:
@@ -108,6 +114,7 @@ class Claim:
         others = words.others()
         wanted = [demand, *(other.demand for other in others)]
         target = allocate(wanted, capacity_bytes_per_s)[0]
+        target = max(target, min(demand, self._kept(capacity_bytes_per_s, now_s)))
         if target > self.in_use:
             words.show(demand, target)  # before looking: whoever raises after this sees it
             others = words.others()
@@ -115,19 +122,24 @@ class Claim:
             target = max(self.in_use, min(target, free))
         self.in_use = target
         words.show(demand, target)
-        return _grant(target, others, capacity_bytes_per_s)
+        return _grant(demand, target, others, capacity_bytes_per_s)
+
+    def _kept(self, capacity: float, now_s: float) -> float:
+        """What is left by now of a claim that others want back; a slower bus shrinks all alike."""
+        passed_s, self._ticked_s = max(0.0, now_s - self._ticked_s), now_s
+        shrunk, self._capacity = min(1.0, capacity / self._capacity), capacity
+        if not self._lifetime_s:
+            return 0.0
+        return self.in_use * shrunk - capacity * passed_s / self._lifetime_s
 
 
-def _grant(own: float, others: Sequence[Shown], capacity_bytes_per_s: float) -> Grant:
-    wanted = [other.demand for other in others if other.demand > 0]
-    fair = capacity_bytes_per_s
-    if wanted:
-        fair = allocate([math.inf, *wanted], capacity_bytes_per_s)[0]
+def _grant(demand: float, own: float, others: Sequence[Shown], capacity: float) -> Grant:
     claims = [other.claim for other in others if other.claim > 0]
+    even = capacity / (1 + len(claims))
+    left = capacity - sum(claims)
+    usable = max(own, left - (1 - SHARED) * capacity, min(demand, SHARED * even))
     # A bus serves copies that overlap evenly: none is slower than its part of the bus.
-    even = capacity_bytes_per_s / (1 + len(claims))
-    left = capacity_bytes_per_s - sum(claims)
-    return Grant(own, max(own, fair), max(own, left, even))
+    return Grant(own, usable, max(own, left, even))
 
 
 class Vitals:

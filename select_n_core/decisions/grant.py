@@ -1,4 +1,4 @@
-"""What a grant of a bus means for an iteration: how long it takes, and how large k may be.
+"""What a grant of a bus means for iterations: how long they take, and when the next may begin.
 
 Two things are slower on a shared bus, and they are not the same. A single copy runs at what the
 others leave it, so a unit's transfer takes longer and may stall compute. And on average a member
@@ -14,8 +14,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from select_n_core.decisions.bus import SHARED, Grant
-from select_n_core.decisions.latency import LatencyModel, StepShape
-from select_n_core.decisions.pace import pace_of
+from select_n_core.decisions.latency import LatencyModel
 
 _GRID = math.log(1.03)  # times are taken in such steps: models and their tables are reused
 _ALONE = 1.03  # within this of the recorded transfer time, a time is the recorded one
@@ -26,64 +25,43 @@ def streamed_bytes(model: LatencyModel, k: int, unit_bytes: int) -> float:
     return unit_bytes * model.copies_s(k) / model.transfer_s
 
 
-def link_use(model: LatencyModel, shape: StepShape, k: int, slots: int, unit_bytes: int) -> float:
-    """Bytes/s over the link, on average, while `k` units are streamed: k*S/T.
-
-    A member's demand is its link use at the k that it wants, from the model of a link that it has
-    to itself. From a model that already shares the bus, demands would shrink as shares do.
-    """
-    if k == 0:
-        return 0.0
-    return streamed_bytes(model, k, unit_bytes) / pace_of(model, k, slots).step_s(shape)
-
-
 def within_grant(model: LatencyModel, unit_bytes: int, grant: Grant) -> LatencyModel:
-    """The model of a link to oneself, made that of a member of a bus; times err on the late side.
-
-    It tells what the member could have if it asked for it, beside what the others want: its fair
-    share, not its present one, which is no more than it demanded.
-    """
+    """The model of a link to oneself, made that of a member of a bus; times err late."""
     alone = unit_bytes / model.transfer_s
     return _slowed(
-        model, _steps(alone / grant.copy_bytes_per_s), _steps(alone / grant.fair_bytes_per_s)
+        model, _steps(alone / grant.copy_bytes_per_s), _steps(alone / _usable_bytes_per_s(grant))
     )
 
 
-def k_within(
-    model: LatencyModel,
-    shape: StepShape,
-    k_most: int,
-    slots: int,
-    unit_bytes: int,
-    grant: Grant,
-    budget_s: float,
-) -> int:
-    """The largest k up to `k_most` whose step ends within `budget_s` and whose link use fits.
-
-    What fits is what was granted now, with the reserve that a bus keeps for what predictions miss.
-    Where all members want more than there is, every k fits: steps grow longer with it, and the
-    budget, the TPOT that the step has to keep, is what makes a k of a share.
-
-    Args:
-        model: of a link to oneself.
-    """
-    beside = within_grant(model, unit_bytes, grant)
-    most_bytes_per_s = grant.bytes_per_s / SHARED
-    low, high = 0, k_most
-    while low < high:
-        middle = (low + high + 1) // 2
-        step_s = pace_of(beside, middle, slots).step_s(shape)
-        moved = streamed_bytes(model, middle, unit_bytes)
-        if step_s <= budget_s and moved <= most_bytes_per_s * step_s:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _usable_bytes_per_s(grant: Grant) -> float:
+    """What may be used; who asked for nothing and yet moves something does so as copies run."""
+    return grant.usable_bytes_per_s or grant.copy_bytes_per_s
 
 
 def _steps(slower: float) -> int:
     """A factor on the grid, rounded up; 0 where it is none."""
     return math.ceil(math.log(slower) / _GRID) if slower > _ALONE else 0
+
+
+class Ration:
+    """When the next step may begin, so that what a member moves stays within its grant.
+
+    A step that was late owes nothing, and one step's bytes may come early: what counts is the
+    average. The reserve of the bus is not held back here, only what others may use.
+    """
+
+    def __init__(self) -> None:
+        self._due_s = -math.inf
+
+    def moved(self, nbytes: float, begun_s: float, grant: Grant) -> None:
+        """A step that began then moved `nbytes` over the bus."""
+        if nbytes:
+            spent_s = nbytes * SHARED / _usable_bytes_per_s(grant)
+            self._due_s = max(self._due_s, begun_s - spent_s) + spent_s
+
+    def rest_s(self, now_s: float) -> float:
+        """Seconds until the next step may begin."""
+        return max(0.0, self._due_s - now_s)
 
 
 @lru_cache(maxsize=256)

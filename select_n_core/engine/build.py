@@ -75,7 +75,13 @@ def build_engine(
         executor.model.release_source()
         block_bytes = executor.memory.kv_block_bytes
         host_blocks = HostBlocks(config.host_kv // block_bytes, block_bytes, link)
-        bus = None if prepared.fixed else join_bus(config.link, prepared.record.link_bytes_per_s)
+        promised = config.slo.targets()
+        lifetime_s = config.workload.output_tokens * promised.tpot_s
+        bus = (
+            None
+            if prepared.fixed
+            else join_bus(config.link, prepared.record.link_bytes_per_s, lifetime_s)
+        )
     except BaseException:
         link.close()
         raise
@@ -88,7 +94,7 @@ def build_engine(
             vocab_size=executor.model.vocab_size if timeline is None else ANY_TOKEN,
             expected_output=config.workload.output_tokens,
         ),
-        slo=config.slo.targets(),
+        slo=promised,
         latency=prepared.inputs.latency,
         blocks=executor.blocks,
         k=plan.k,
@@ -111,6 +117,7 @@ def build_engine(
         plan.slots,
         executor.memory.slot_bytes,
         bus,
+        tpot_s=promised.tpot_s,
         corrected=not prepared.fixed,
     )
     engine = Engine(executor, scheduler, eos, clock, host_blocks, online)

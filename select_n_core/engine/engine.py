@@ -13,7 +13,6 @@ from torch import Tensor
 
 from select_n_core.decisions.correction import Seen
 from select_n_core.decisions.facts import Cause
-from select_n_core.decisions.latency import StepShape
 from select_n_core.decisions.order import interval_of_k
 from select_n_core.engine.headroom import HeadroomWindow
 from select_n_core.engine.leases import HostLease
@@ -52,6 +51,7 @@ class Engine:
         clock: seconds; the scheduler's own.
         host_blocks: that the scheduler swaps to, if any, to be closed with the engine.
         online: what is learnt of the latency model while serving; None keeps the scheduler's.
+        sleep: for so many seconds of `clock`.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Engine:
         clock: Clock = time.monotonic,
         host_blocks: HostBlocks | None = None,
         online: OnlineModel | None = None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.executor = executor
         self.scheduler = scheduler
@@ -70,7 +71,9 @@ class Engine:
         self._clock = clock
         self._host_blocks = host_blocks
         self._online = online
-        self._shape = StepShape()  # of the last step
+        self._sleep = sleep
+        self._short = False  # somebody waits whom the last step left waiting
+        self._rested_s = 0.0  # between the last step and the next one
         self.lease = HostLease(executor, lambda k: self.turn(k, Cause.LEASE), clock)
         self._turns: Counter[Cause] = Counter()
         self._turned: list[Turned] = []
@@ -83,6 +86,13 @@ class Engine:
     def idle(self) -> bool:
         """Whether a step would do nothing."""
         return self.scheduler.idle and not self._outputs
+
+    @property
+    def rest_s(self) -> float:
+        """Seconds until the next step may begin, for a bus that others need more."""
+        if self._online is None or self.scheduler.idle:
+            return 0.0
+        return self._online.rest_s(self._clock())
 
     def submit(self, request: Request) -> None:
         """Queue a request; its first output is the verdict: it is let in, or its error."""
@@ -113,8 +123,11 @@ class Engine:
         Args:
             tell: gets what is known before the step is computed: who is let in, who is returned.
         """
+        if (left_s := self.rest_s) > 0:  # whoever drives the engine may have waited already
+            self._sleep(left_s)
         self._predict()
         turns = self.scheduler.next_step()
+        self._short = bool(self.scheduler.waiting)
         self._outputs += map(Output, self.scheduler.take_entered())
         for request_id, error in self.scheduler.take_failed():
             self._note_returned(error)
@@ -203,14 +216,19 @@ class Engine:
         if (online := self._online) is None:
             return
         scheduler, executor = self.scheduler, self.executor
-        shape = StepShape() if scheduler.idle else self._shape
-        k = min(executor.m, executor.cap) if scheduler.waiting else executor.k
-        online.tick(shape, 0 if scheduler.idle else k)
+        most = min(executor.m, executor.cap)
+        k = min(executor.k + 1, most) if self._short else executor.k
+        online.tick(0 if scheduler.idle else k)
         scheduler.latency, scheduler.reserve = online.latency, online.reserve
 
     def _compute(self, turns: list[Turn]) -> None:
-        """Run the step, and learn from how long it took."""
-        self._shape, k = shape_of(turns), self.executor.k
+        """Run the step, and learn from how long it took.
+
+        A rest before it is part of that: a wait for copies that the bus was not granted for.
+        """
+        shape, k = shape_of(turns), self.executor.k
+        if self._online is not None:
+            self._online.begins(k, self._clock())
         begun_s = time.perf_counter()
         outcomes = self._run(turns)
         ended_s = time.perf_counter()
@@ -218,16 +236,17 @@ class Engine:
             self._settle(outcome)
         self._iteration_s = time.perf_counter() - begun_s
         self._iterations += 1
+        rested_s, self._rested_s = self._rested_s, self.rest_s
         if self._online is None:
             return
         link = self.executor.take_link_time()
         if not any(isinstance(outcome.drawn, EngineError) for outcome in outcomes):
             self._online.saw(
                 Seen(
-                    self._shape,
+                    shape,
                     k,
-                    ended_s - begun_s,
-                    link.stall_s,
+                    rested_s + ended_s - begun_s,
+                    link.stall_s if link.stall_s is None else rested_s + link.stall_s,
                     link.transfer_s,
                     link.copied_s,
                 )

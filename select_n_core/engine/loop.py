@@ -76,7 +76,7 @@ def _run(config: ModelConfig, connection: Connection) -> None:
 
 def _serve(engine: Engine, connection: Connection) -> None:
     while True:
-        wait_s = HEARTBEAT_S if engine.idle else 0.0
+        wait_s = HEARTBEAT_S if engine.idle else engine.rest_s
         if engine.idle and not engine.lease.settled:
             wait_s = _TEND_S
         while connection.poll(wait_s):
@@ -93,5 +93,5 @@ def _serve(engine: Engine, connection: Connection) -> None:
                 engine.abort(EngineError("the engine is shutting down"))
                 connection.send(engine.step())
                 return
-            wait_s = 0.0
+            wait_s = engine.rest_s
         connection.send(engine.step(connection.send))

@@ -12,8 +12,10 @@ from typing import Protocol
 
 from select_n_core.decisions.bus import Grant
 from select_n_core.decisions.correction import Correction, Seen
-from select_n_core.decisions.grant import link_use, within_grant
-from select_n_core.decisions.latency import LatencyModel, StepShape
+from select_n_core.decisions.grant import Ration, streamed_bytes, within_grant
+from select_n_core.decisions.latency import LatencyModel
+
+_IN_TIME = 0.9  # of the promise that a step may take, for the share of a bus that it asks for
 
 
 class Bus(Protocol):
@@ -50,6 +52,7 @@ class OnlineModel:
     Args:
         recorded: of the offline stage. unit_bytes: of the largest unit.
         bus: None where the link is the replica's own.
+        tpot_s: the promise; on a bus nobody asks for more than to keep it.
         corrected: False keeps to the record, whatever is seen.
     """
 
@@ -60,6 +63,7 @@ class OnlineModel:
         unit_bytes: int,
         bus: Bus | None = None,
         *,
+        tpot_s: float,
         corrected: bool = True,
     ) -> None:
         self.correction = Correction()
@@ -68,6 +72,8 @@ class OnlineModel:
         self._slots = slots
         self._unit_bytes = unit_bytes
         self._bus = bus
+        self._step_s = _IN_TIME * tpot_s
+        self._ration = Ration()
         self._corrected = corrected
         self._shares = False  # the bus, with somebody
         self._seen: Seen | None = None  # since the last tick
@@ -82,6 +88,16 @@ class OnlineModel:
         """Share by which a step may take longer than predicted."""
         return self.correction.error
 
+    def rest_s(self, now_s: float) -> float:
+        """Seconds to wait before the next iteration: the others on the bus need them more."""
+        return self._ration.rest_s(now_s) if self._shares else 0.0
+
+    def begins(self, k: int, now_s: float) -> None:
+        """An iteration that streams `k` units begins."""
+        if self._bus is not None and self._shares:
+            moved = streamed_bytes(self._recorded, k, self._unit_bytes)
+            self._ration.moved(moved, now_s, self._bus.grant)
+
     def saw(self, seen: Seen) -> None:
         """An iteration has ended."""
         self._seen = seen
@@ -91,16 +107,15 @@ class OnlineModel:
             seen = replace(seen, transfer_s=None)
         self.correction = self.correction.after(seen, self._granted, self._slots)
 
-    def tick(self, shape: StepShape, k: int) -> None:
+    def tick(self, k: int) -> None:
         """Take part in sharing the bus, before every step's decision.
 
         Args:
-            shape: of a step as they are now. k: units that would be streamed were there no others.
+            k: units that would be streamed were there no others; 0 if there is no step to come.
         """
         if self._bus is None:
             return
-        alone = self.correction.applied(self._recorded)
-        demand_bytes_per_s = link_use(alone, shape, k, self._slots, self._unit_bytes)
+        demand_bytes_per_s = streamed_bytes(self._recorded, k, self._unit_bytes) / self._step_s
         seen, self._seen = self._seen, None
         if seen is None or not seen.transfer_s or not seen.seconds > 0:
             self._bus.tick(demand_bytes_per_s)

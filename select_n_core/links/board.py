@@ -43,6 +43,7 @@ class Member:
         name: of the bus; members of the same user, machine and name share it.
         capacity_bytes_per_s: of the whole bus as far as this member knows. Counts where it is the
             first; later the members' own sightings do.
+        lifetime_s: of what its share was promised to; see `Claim`.
         directory: of the board; None is this user's runtime directory.
         clock: seconds.
 
@@ -58,6 +59,7 @@ class Member:
         name: str,
         capacity_bytes_per_s: float,
         *,
+        lifetime_s: float = 0.0,
         directory: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -67,6 +69,7 @@ class Member:
             )
         self.name = name
         self._known_bytes_per_s = capacity_bytes_per_s
+        self._lifetime_s = lifetime_s
         self._directory = directory
         self._clock = clock
         self._lock = threading.Lock()
@@ -120,14 +123,14 @@ class Member:
             if now_s - self._beat_s > _LAPSE_S:
                 self._lapsed = True
             if self._lapsed:
-                self._claim = Claim()  # the others may have shared it out
+                self._claim = Claim(self._lifetime_s)  # the others may have shared it out
                 self._lapsed = False
             if demand_bytes_per_s >= 0:
                 self._demand = demand_bytes_per_s
             else:
                 self._warn_once("a demand of %s is left out", demand_bytes_per_s)
             self._see(seen_bytes_per_s, copying_share, now_s)
-            self._grant = self._claim.tick(self, self._demand, self._capacity(now_s))
+            self._grant = self._claim.tick(self, self._demand, self._capacity(now_s), now_s)
             return self._grant.bytes_per_s
 
     def heartbeat(self) -> None:
@@ -184,7 +187,7 @@ class Member:
         self._board = MappedWords(
             self.name, "board1", _WORDS, PLACES, begin, directory=self._directory
         )
-        self._claim = Claim()
+        self._claim = Claim(self._lifetime_s)
         self._vitals = Vitals(PATIENCE_S)
         self._sightings = Sightings()
         self._seen_bytes_per_s, self._seen_s = 0.0, -math.inf

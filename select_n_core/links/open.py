@@ -49,16 +49,18 @@ def open_pacer(config: LinkConfig) -> Pacer | None:
     return Pacer(config.bus.name, bytes_per_s)
 
 
-def join_bus(config: LinkConfig, measured_bytes_per_s: float) -> Member | None:
+def join_bus(config: LinkConfig, measured_bytes_per_s: float, lifetime_s: float) -> Member | None:
     """A seat on the link's bus; None where it has none, or is not to be coordinated.
 
     Args:
         measured_bytes_per_s: of the link, as recorded; a real bus is taken to be as fast until
             its members have seen more.
+        lifetime_s: of a typical request.
 
     Raises:
         LinkError: see `Member`.
     """
     if config.bus is None or not config.bus.coordinated:
         return None
-    return Member(config.bus.name, config.bus_bytes_per_s or measured_bytes_per_s)
+    bytes_per_s = config.bus_bytes_per_s or measured_bytes_per_s
+    return Member(config.bus.name, bytes_per_s, lifetime_s=lifetime_s)

@@ -1,5 +1,6 @@
 """An engine on a tiny model, and everything it said: shared by the tests of the engine."""
 
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,7 @@ from select_n_core.engine.messages import (
     SamplingParams,
     StepReport,
 )
+from select_n_core.engine.online import OnlineModel
 from select_n_core.engine.residence import Swapping
 from select_n_core.engine.scheduler import Limits, Scheduler, Turning
 from select_n_core.kv.swap import HostBlocks
@@ -41,6 +43,8 @@ def running_engine(
     blocks: int = BLOCKS,
     host_blocks: int = 0,
     block_copy_s: float = 0.0,
+    online: OnlineModel | None = None,
+    sleep: Callable[[float], None] = time.sleep,
     **limits: int,
 ):
     """A tiny Llama with `k` of 6 layers streamed over a very fast emulated link.
@@ -90,7 +94,7 @@ def running_engine(
             blocks_at=executor.layout.blocks_at,
         ),
     )
-    engine = Engine(executor, scheduler, eos, clock=clock, host_blocks=host)
+    engine = Engine(executor, scheduler, eos, clock, host, online, sleep)
     try:
         yield engine
         assert host.free_blocks == host_blocks, "every host block came back"

@@ -368,13 +368,13 @@ def test_a_seat_follows_from_the_configuration(monkeypatch, tmp_path):
     from select_n_core.links.open import join_bus
 
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert join_bus(LinkConfig(kind="cuda"), 5e9) is None
+    assert join_bus(LinkConfig(kind="cuda"), 5e9, 1.0) is None
     alone = {"name": "pcie0", "coordinated": False}
-    assert join_bus(LinkConfig(kind="cuda", bus=alone), 5e9) is None
-    with join_bus(LinkConfig(kind="cuda", bus={"name": "pcie0"}), 5e9) as member:
+    assert join_bus(LinkConfig(kind="cuda", bus=alone), 5e9, 1.0) is None
+    with join_bus(LinkConfig(kind="cuda", bus={"name": "pcie0"}), 5e9, 1.0) as member:
         assert member.capacity_bytes_per_s == 5e9
     emulated = LinkConfig(
         kind="emulated", bandwidth="1GB/s", bus={"name": "pcie0", "bandwidth": "2GB/s"}
     )
-    with join_bus(emulated, 0.9e9) as member:
+    with join_bus(emulated, 0.9e9, 1.0) as member:
         assert member.capacity_bytes_per_s == 2e9

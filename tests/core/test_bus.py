@@ -4,6 +4,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from select_n_core.decisions.bus import SHARED, Claim, Grant, Shown, Vitals, allocate
 from select_n_core.decisions.bus_capacity import Sightings, combined, copying_beside
-from select_n_core.decisions.grant import k_within, link_use, within_grant
+from select_n_core.decisions.grant import Ration, streamed_bytes, within_grant
 from select_n_core.decisions.latency import ComputeModel, LatencyModel, StepShape
+from select_n_core.decisions.order import offload_order
 from select_n_core.decisions.pace import pace_of
 from select_n_core.errors import InputError
 
@@ -85,6 +87,7 @@ class Board:
     def __init__(self, members: int) -> None:
         self.words = [Shown(0.0, 0.0)] * members
         self.alive = [False] * members
+        self.now_s = 0.0
 
 
 class Seat:
@@ -111,9 +114,12 @@ class Seat:
 class Actor:
     """A member that runs from one access to the next, when it is told to."""
 
-    def __init__(self, board: Board, place: int, deeds: list[float | None]) -> None:
+    def __init__(
+        self, board: Board, place: int, deeds: list[float | None], lifetime_s: float
+    ) -> None:
         self.board, self.place, self.deeds = board, place, deeds
-        self.claim = Claim()
+        self.lifetime_s = lifetime_s
+        self.claim = Claim(lifetime_s)
         self.over = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -143,13 +149,14 @@ class Actor:
             if deed is None:  # dies, with its words as they are; another takes the place
                 self.board.alive[self.place] = False
                 self._pause()
-                self.claim = Claim()
+                self.claim = Claim(self.lifetime_s)
                 self.board.words[self.place] = Shown(0.0, 0.0)
                 self._pause()
                 self.board.alive[self.place] = True
             else:
                 self.board.alive[self.place] = True
-                self.claim.tick(Seat(self.board, self.place, self._pause), deed, 100.0)
+                seat = Seat(self.board, self.place, self._pause)
+                self.claim.tick(seat, deed, 100.0, self.board.now_s)
         self.over = True
         self._stopped.release()
 
@@ -160,12 +167,19 @@ deeds = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(deeds, min_size=2, max_size=4), st.lists(st.integers(0, 3), max_size=300))
-def test_in_any_interleaving_what_is_in_use_never_exceeds_what_is_shared_out(all_deeds, turns):
+@given(
+    st.lists(deeds, min_size=2, max_size=4),
+    st.lists(st.integers(0, 3), max_size=300),
+    st.sampled_from([0.0, 1.0]),
+)
+def test_in_any_interleaving_what_is_in_use_never_exceeds_what_is_shared_out(
+    all_deeds, turns, lifetime_s
+):
     board = Board(len(all_deeds))
-    actors = [Actor(board, place, mine) for place, mine in enumerate(all_deeds)]
+    actors = [Actor(board, place, mine, lifetime_s) for place, mine in enumerate(all_deeds)]
     try:
         for turn in itertools.chain(turns, itertools.cycle(range(4))):
+            board.now_s += 0.01
             actors[turn % len(actors)].step()
             assert sum(actor.in_use for actor in actors) <= 95.0 * (1 + 1e-9)
             if all(actor.over for actor in actors):
@@ -182,10 +196,10 @@ def test_after_two_rounds_everybody_has_its_share(wanted, first):
     places = [(first + place) % len(wanted) for place in range(len(wanted))]
     for place in places:
         board.alive[place] = True
-        claims[place].tick(Seat(board, place), 95.0, 100.0)  # before, each wanted everything
+        claims[place].tick(Seat(board, place), 95.0, 100.0, 0.0)  # before, each wanted everything
     for _ in range(2):
         for place in places:
-            claims[place].tick(Seat(board, place), wanted[place], 100.0)
+            claims[place].tick(Seat(board, place), wanted[place], 100.0, 0.0)
     assert [claim.in_use for claim in claims] == pytest.approx(list(allocate(wanted, 100.0)))
 
 
@@ -193,10 +207,32 @@ def test_a_share_shrinks_at_once_and_grows_when_who_gives_way_has():
     board = Board(2)
     board.alive = [True, True]
     old, new = Claim(), Claim()
-    assert old.tick(Seat(board, 0), 100.0, 100.0).bytes_per_s == 95.0
-    assert new.tick(Seat(board, 1), 30.0, 100.0).bytes_per_s == pytest.approx(0.0)
-    assert old.tick(Seat(board, 0), 100.0, 100.0).bytes_per_s == pytest.approx(65.0)
-    assert new.tick(Seat(board, 1), 30.0, 100.0).bytes_per_s == pytest.approx(30.0)
+    assert old.tick(Seat(board, 0), 100.0, 100.0, 0.0).bytes_per_s == 95.0
+    assert new.tick(Seat(board, 1), 30.0, 100.0, 0.0).bytes_per_s == pytest.approx(0.0)
+    assert old.tick(Seat(board, 0), 100.0, 100.0, 0.0).bytes_per_s == pytest.approx(65.0)
+    assert new.tick(Seat(board, 1), 30.0, 100.0, 0.0).bytes_per_s == pytest.approx(30.0)
+
+
+def test_a_share_that_was_promised_is_given_back_over_a_lifetime():
+    board = Board(2)
+    board.alive = [True, True]
+    old, new = Claim(lifetime_s=4.0), Claim(lifetime_s=4.0)
+    assert old.tick(Seat(board, 0), 95.0, 100.0, 0.0).bytes_per_s == 95.0
+    for now_s, kept in ((0.0, 95.0), (0.4, 85.0), (1.2, 65.0), (4.0, 47.5)):
+        assert old.tick(Seat(board, 0), 95.0, 100.0, now_s).bytes_per_s == pytest.approx(kept)
+        granted = new.tick(Seat(board, 1), 95.0, 100.0, now_s)
+        assert granted.bytes_per_s == pytest.approx(95.0 - kept)
+        assert granted.usable_bytes_per_s == pytest.approx(47.5)  # nobody starves meanwhile
+
+
+def test_what_is_no_longer_wanted_and_what_a_slower_bus_cannot_carry_is_given_back_at_once():
+    board = Board(2)
+    board.alive = [True, True]
+    old, new = Claim(lifetime_s=4.0), Claim(lifetime_s=4.0)
+    old.tick(Seat(board, 0), 95.0, 100.0, 0.0)
+    assert old.tick(Seat(board, 0), 20.0, 100.0, 0.0).bytes_per_s == 20.0
+    assert new.tick(Seat(board, 1), 95.0, 100.0, 0.0).bytes_per_s == 75.0
+    assert new.tick(Seat(board, 1), 95.0, 50.0, 0.0).bytes_per_s == pytest.approx(37.5)
 
 
 def test_a_bus_found_slower_is_shared_anew_once_everybody_has_ticked():
@@ -205,9 +241,9 @@ def test_a_bus_found_slower_is_shared_anew_once_everybody_has_ticked():
     claims = [Claim(), Claim()]
     for _ in range(2):
         for place, claim in enumerate(claims):
-            claim.tick(Seat(board, place), 100.0, 100.0)
+            claim.tick(Seat(board, place), 100.0, 100.0, 0.0)
     for place, claim in enumerate(claims):
-        claim.tick(Seat(board, place), 100.0, 50.0)
+        claim.tick(Seat(board, place), 100.0, 50.0, 0.0)
     assert [claim.in_use for claim in claims] == pytest.approx([23.75, 23.75])
 
 
@@ -217,15 +253,15 @@ def test_a_copy_runs_at_what_the_others_leave_and_never_below_an_even_part():
     claim = Claim()
 
     def granted() -> Grant:
-        return claim.tick(Seat(board, 0), 10.0, 100.0)
+        return claim.tick(Seat(board, 0), 10.0, 100.0, 0.0)
 
-    assert granted() == Grant(10.0, 100.0, 100.0)
+    assert granted() == Grant(10.0, 95.0, 100.0)
     board.alive[1], board.words[1] = True, Shown(30.0, 30.0)
     assert granted() == Grant(10.0, 65.0, 70.0)
     board.words[1] = Shown(math.inf, 85.0)
-    assert granted() == Grant(10.0, 47.5, 50.0)
+    assert granted() == Grant(10.0, pytest.approx(10.0), 50.0)
     board.alive[2] = True  # a member that copies nothing takes no part
-    assert granted() == Grant(10.0, 47.5, 50.0)
+    assert granted() == Grant(10.0, pytest.approx(10.0), 50.0)
 
 
 # Who lives.
@@ -374,11 +410,12 @@ def step_s(latency: LatencyModel, k: int) -> float:
     return pace_of(latency, k, SLOTS).step_s(ONE)
 
 
-def test_a_demand_is_what_k_units_move_in_an_iteration():
-    assert link_use(model(), ONE, 0, SLOTS, S) == 0
-    iteration_s = model().iteration_s(ONE, 2, SLOTS)
-    assert link_use(model(), ONE, 2, SLOTS, S) == pytest.approx(2 * S / iteration_s, rel=0.01)
-    assert link_use(model(), ONE, UNITS, SLOTS, S) == pytest.approx(LINK, rel=0.05)
+def test_units_move_their_own_bytes():
+    assert streamed_bytes(model(), 0, S) == 0
+    assert streamed_bytes(model(), 3, S) == pytest.approx(3 * S)
+    first, second, *_ = offload_order(UNITS)
+    shares = tuple(0.5 if unit in (first, second) else 1.0 for unit in range(UNITS))
+    assert streamed_bytes(replace(model(), unit_shares=shares), 3, S) == pytest.approx(2 * S)
 
 
 def test_alone_on_the_bus_the_model_is_the_recorded_one():
@@ -389,7 +426,7 @@ def test_alone_on_the_bus_the_model_is_the_recorded_one():
 
 def test_a_small_share_slows_nobody_who_wants_no_more():
     """The share of k = 2 spreads its copies over an iteration; each still runs at link speed."""
-    wanted = link_use(model(), ONE, 2, SLOTS, S)
+    wanted = 2 * S / step_s(model(), 2)
     within = within_grant(model(), S, Grant(wanted, wanted, LINK))
     assert step_s(within, 2) == pytest.approx(step_s(model(), 2), rel=0.04)
     assert step_s(within, 4) >= 1.9 * step_s(model(), 2)
@@ -403,42 +440,42 @@ def test_on_a_crowded_bus_copies_take_longer():
     assert within_grant(model(), S, crowded) is within  # so that tables are shared
 
 
-@given(
-    st.integers(0, UNITS),
-    st.tuples(*[st.floats(0.05, 1.0)] * 3).map(sorted),
-    st.floats(0.03, 0.3),
-)
-def test_the_largest_k_keeps_its_time_and_its_share(k_most, shares, budget_s):
-    grant = Grant(*(share * LINK for share in shares))
-    within = within_grant(model(), S, grant)
-
-    def fits(k: int) -> bool:
-        moved = k * S / step_s(within, k)
-        return step_s(within, k) <= budget_s and moved <= grant.bytes_per_s / SHARED
-
-    k = k_within(model(), ONE, k_most, SLOTS, S, grant, budget_s)
-    assert 0 <= k <= k_most
-    assert k == 0 or fits(k)
-    assert k == k_most or not fits(k + 1)
+def test_who_asked_for_nothing_is_slowed_as_its_copies_are():
+    within = within_grant(model(), S, Grant(0.0, 0.0, 0.5 * LINK))
+    assert step_s(within, UNITS) == pytest.approx(UNITS * S / (0.5 * LINK), rel=0.06)
 
 
-def test_nothing_granted_is_nothing_streamed():
-    nothing = Grant(0.0, 0.5 * LINK, LINK)
-    assert k_within(model(), ONE, UNITS, SLOTS, S, nothing, 10.0) == 0
+# When the next step may begin.
 
 
-def test_where_all_want_more_than_there_is_the_promise_decides():
-    """Half a bus at 0.02 s and more per unit."""
-    half = Grant(SHARED / 2 * LINK, SHARED / 2 * LINK, 0.525 * LINK)
-    ks = [k_within(model(), ONE, UNITS, SLOTS, S, half, budget_s) for budget_s in (0.1, 0.2, 1.0)]
-    assert ks == [4, 9, UNITS]
+def test_steps_come_as_often_as_their_bytes_fit_the_grant():
+    ration, now_s, moved = Ration(), 100.0, 0.0
+    grant = Grant(0.2 * LINK, 0.2 * LINK, LINK)
+    for _ in range(50):
+        ration.moved(2 * S, now_s, grant)
+        moved += 2 * S
+        now_s += 0.01
+        now_s += ration.rest_s(now_s)
+    assert moved / (now_s - 100.0) == pytest.approx(0.2 / SHARED * LINK, rel=0.05)
 
 
-def test_a_share_that_grows_lets_k_grow():
-    ks = [
-        k_within(model(), ONE, UNITS, SLOTS, S, Grant(share * LINK, LINK, LINK), 0.2)
-        for share in (0.1, 0.3, 0.5, 0.7, 0.95)
-    ]
-    assert ks == sorted(ks)
-    assert ks[0] == 0
-    assert ks[-1] == UNITS
+def test_a_step_that_takes_longer_than_its_share_does_not_rest():
+    ration, grant = Ration(), Grant(0.2 * LINK, 0.2 * LINK, LINK)
+    for step in range(5):
+        ration.moved(2 * S, 0.2 * step, grant)
+        assert ration.rest_s(0.2 * step + 0.2) == 0
+
+
+def test_after_a_pause_one_step_may_come_early_and_no_more():
+    ration, grant = Ration(), Grant(0.1 * LINK, 0.1 * LINK, LINK)
+    ration.moved(S, 0.0, grant)
+    ration.moved(S, 10.0, grant)
+    assert ration.rest_s(10.0) == 0
+    ration.moved(S, 10.0, grant)
+    assert ration.rest_s(10.0) == pytest.approx(0.1 * SHARED)
+
+
+def test_nothing_moved_is_never_waited_for():
+    ration = Ration()
+    ration.moved(0.0, 0.0, Grant(0.0, 0.0, LINK))
+    assert ration.rest_s(0.0) == 0

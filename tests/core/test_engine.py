@@ -4,11 +4,15 @@ import random
 
 import pytest
 import torch
-from running import BLOCK_TOKENS, BLOCKS, Heard, greedy, request, running_engine
+from running import BLOCK_TOKENS, BLOCKS, LATENCY, Heard, greedy, request, running_engine
+from test_online import BusOfOne
 from tiny import EOS_TOKEN_ID
+from virtual import VirtualClock
 
+from select_n_core.decisions.bus import SHARED, Grant
 from select_n_core.decisions.facts import Reason
 from select_n_core.engine.messages import FinishReason, Output, Request, SamplingParams
+from select_n_core.engine.online import OnlineModel
 from select_n_core.errors import (
     ContextLengthError,
     EngineError,
@@ -409,6 +413,25 @@ class TestPreemption:
                     assert heard.tokens(name) == expected[: len(heard.tokens(name))]
                 else:
                     assert heard.tokens(name) == expected
+
+
+class TestOnABus:
+    def test_steps_of_one_that_others_need_the_bus_more_than_come_at_its_share(self):
+        """Three of six layers streamed at one step per second are 3 units per second."""
+        clock = VirtualClock()
+        unit_bytes = 1000
+        seat = BusOfOne(Grant(3 * unit_bytes * SHARED, 3 * unit_bytes * SHARED, 1e9))
+        online = OnlineModel(LATENCY, 2, unit_bytes, seat, tpot_s=10.0)
+        with running_engine(clock=clock, online=online, sleep=clock.sleep) as engine:
+            began_s = clock()
+            engine.submit(request("a", tokens=8))
+            while not engine.idle:
+                engine.step()
+            assert clock() - began_s == pytest.approx(6.0, abs=1.0)  # of 8 steps, one came early
+            assert engine.rest_s == 0, "who has nothing to do owes nothing"
+            assert seat.heard[-1][0] > 0
+            engine.step()
+            assert seat.heard[-1][0] == 0, "an idle replica leaves the bus to others"
 
 
 class TestStats:

@@ -13,6 +13,7 @@ from select_n_core.engine.online import OnlineModel
 MS = 1e-3
 UNIT_BYTES = 7_000_000
 LINK = 1e9
+TPOT = 100 * MS
 RECORDED = LatencyModel(
     units=30,
     transfer_s=UNIT_BYTES / LINK,
@@ -41,7 +42,7 @@ class BusOfOne:
 
 
 def online(bus=None, **changes) -> OnlineModel:
-    return OnlineModel(RECORDED, 2, UNIT_BYTES, bus, **changes)
+    return OnlineModel(RECORDED, 2, UNIT_BYTES, bus, tpot_s=TPOT, **changes)
 
 
 def slow_link(k=12) -> Seen:
@@ -67,14 +68,14 @@ def test_on_a_bus_what_copies_saw_is_told_to_all_and_the_grant_is_planned_with()
     bus = BusOfOne()
     model = online(bus)
     model.saw(slow_link())
-    model.tick(DECODING, 12)
+    model.tick(12)
     ((_, seen_bytes_per_s, copying_share),) = bus.heard
     assert seen_bytes_per_s == pytest.approx(LINK / 2)
     assert copying_share == 1.0
     assert model.correction.transfer == 1.0
     before_s = model.latency.iteration_s(DECODING, 12, 2)
     bus.grant = HALF
-    model.tick(DECODING, 12)
+    model.tick(12)
     assert model.latency.iteration_s(DECODING, 12, 2) > 1.6 * before_s
 
 
@@ -82,26 +83,47 @@ def test_alone_on_a_bus_it_learns_as_on_a_link_of_its_own():
     bus = BusOfOne(members=1)
     model = online(bus)
     for _ in range(8):
-        model.tick(DECODING, 12)
+        model.tick(12)
         model.saw(slow_link())
     assert model.latency.transfer_s == pytest.approx(14 * MS, rel=0.05)
     bus.members = 2  # from here on, the bus's own estimate counts
-    model.tick(DECODING, 12)
+    model.tick(12)
     assert model.correction.transfer == 1.0
 
 
 def test_what_is_wanted_does_not_shrink_with_what_is_granted():
     bus = BusOfOne(HALF)
     model = online(bus)
-    model.tick(DECODING, 12)
-    model.tick(DECODING, 12)
-    assert bus.heard[0][0] == bus.heard[1][0] == pytest.approx(LINK, rel=0.05)
+    model.tick(12)
+    model.tick(12)
+    assert bus.heard[0][0] == bus.heard[1][0]
+
+
+def test_what_is_wanted_is_what_keeps_the_promise_and_no_more():
+    """However fast steps are, twelve units need not come more often than a token is due."""
+    bus = BusOfOne()
+    online(bus).tick(12)
+    needed = 12 * UNIT_BYTES / TPOT
+    assert needed < bus.heard[0][0] < 1.2 * needed
+
+
+def test_who_has_moved_its_share_rests_while_others_share_the_bus():
+    bus = BusOfOne(HALF)
+    model = online(bus)
+    model.tick(12)
+    for begun_s in (0.0, 0.01, 0.02):
+        model.begins(12, begun_s)
+    moved_s = 12 * UNIT_BYTES / HALF.usable_bytes_per_s
+    assert model.rest_s(0.03) == pytest.approx(2 * moved_s, rel=0.2)
+    bus.members = 1
+    model.tick(12)
+    assert model.rest_s(0.03) == 0
 
 
 def test_nothing_to_compute_wants_nothing():
     bus = BusOfOne()
     model = online(bus)
-    model.tick(StepShape(), 0)
+    model.tick(0)
     assert bus.heard == [(0.0, None, None)]
 
 
@@ -110,7 +132,7 @@ def test_an_iteration_without_a_time_is_told_to_nobody(seconds):
     bus = BusOfOne()
     model = online(bus)
     model.saw(Seen(DECODING, 12, seconds, 0.0, transfer_s=14 * MS, copied_s=1.0))
-    model.tick(DECODING, 12)
+    model.tick(12)
     assert bus.heard[0][1:] == (None, None)
 
 
