@@ -17,6 +17,7 @@ from select_n_core.decisions.bus import SHARED, Grant
 from select_n_core.decisions.latency import LatencyModel
 
 _GRID = math.log(1.03)  # times are taken in such steps: models and their tables are reused
+_COUNTED = 0.975  # of its part of the bus that a prediction counts on
 _ALONE = 1.03  # within this of the recorded transfer time, a time is the recorded one
 
 
@@ -28,14 +29,16 @@ def streamed_bytes(model: LatencyModel, k: int, unit_bytes: int) -> float:
 def within_grant(model: LatencyModel, unit_bytes: int, grant: Grant) -> LatencyModel:
     """The model of a link to oneself, made that of a member of a bus; times err late."""
     alone = unit_bytes / model.transfer_s
-    return _slowed(
-        model, _steps(alone / grant.copy_bytes_per_s), _steps(alone / _usable_bytes_per_s(grant))
-    )
+    share = _whole(grant) * _COUNTED
+    return _slowed(model, _steps(alone / grant.copy_bytes_per_s), _steps(alone / share))
 
 
-def _usable_bytes_per_s(grant: Grant) -> float:
-    """What may be used; who asked for nothing and yet moves something does so as copies run."""
-    return grant.usable_bytes_per_s or grant.copy_bytes_per_s
+def _whole(grant: Grant) -> float:
+    """What may be used if shares of all of the bus are meant, its reserve too.
+
+    Who asked for nothing and yet moves something does so as copies run.
+    """
+    return (grant.usable_bytes_per_s or grant.copy_bytes_per_s) / SHARED
 
 
 def _steps(slower: float) -> int:
@@ -56,7 +59,7 @@ class Ration:
     def moved(self, nbytes: float, begun_s: float, grant: Grant) -> None:
         """A step that began then moved `nbytes` over the bus."""
         if nbytes:
-            spent_s = nbytes * SHARED / _usable_bytes_per_s(grant)
+            spent_s = nbytes / _whole(grant)
             self._due_s = max(self._due_s, begun_s - spent_s) + spent_s
 
     def rest_s(self, now_s: float) -> float:

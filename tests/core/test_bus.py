@@ -436,7 +436,7 @@ def test_on_a_crowded_bus_copies_take_longer():
     crowded = Grant(0.45 * LINK, 0.45 * LINK, 0.5 * LINK)
     within = within_grant(model(), S, crowded)
     assert 0.02 <= within.transfer_s <= 0.02 * 1.04
-    assert step_s(within, UNITS) >= UNITS * S / (0.45 * LINK)
+    assert step_s(within, UNITS) >= UNITS * S / (0.45 / SHARED * LINK)
     assert within_grant(model(), S, crowded) is within  # so that tables are shared
 
 
