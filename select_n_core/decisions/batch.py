@@ -40,33 +40,36 @@ class Batch:
         decoding: list[RequestFacts] = []
         prompts: list[RequestFacts] = []
         needy: list[RequestFacts] = []
-        context = later = left = growth = 0
+        context = later = prompt_tokens = growth = 0
         slack_s = float("inf")
         lowest = 1 << 62
         for request in requests:
-            _, known, prompt, due_s, blocks, expected, _, _, rank, waited_s, _, _ = request
-            if prompt:
+            known, left = request.context_tokens, request.prompt_left
+            blocks, rank = request.blocks, request.priority
+            if left:
                 prompts.append(request)
-                left += prompt
+                prompt_tokens += left
+                known += left
             else:
                 decoding.append(request)
                 context += known
                 if known >= blocks * size:
                     needy.append(request)
-                if due_s < slack_s:
-                    slack_s = due_s
-                prompt = 1
-            known += prompt
-            end = expected if expected > known else known
+                if request.slack_s < slack_s:
+                    slack_s = request.slack_s
+                known += 1
+            end = request.expected_tokens
+            if end < known:
+                end = known
             later += end
             growth += -(-end // size) - blocks
-            if waited_s >= patience_s:
-                rank += int(waited_s / patience_s)
+            if request.waited_s >= patience_s:
+                rank += int(request.waited_s / patience_s)
             if rank < lowest:
                 lowest = rank
         self.requests = list(requests)
         self.decoding, self.prompts, self.needy = decoding, prompts, needy
-        self.prompt_tokens, self.growth, self.lowest_rank = left, growth, lowest
+        self.prompt_tokens, self.growth, self.lowest_rank = prompt_tokens, growth, lowest
         self.slack_s = slack_s
         self.shape = StepShape(len(decoding), context)
         self.later_shape = StepShape(len(self.requests), later)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from select_n_core.decisions.batch import Batch
@@ -52,8 +53,8 @@ class Forecast:
         late = self._prompt_steps
         ends: list[tuple[int, int]] = []  # steps until each has ended, and its blocks then
         for request in (*batch.requests, *admitted):
-            _, known, left, _, _, expected, _, _, _, _, _, _ = request
-            steps = expected - known - (left or 1)
+            left, expected = request.prompt_left, request.expected_tokens
+            steps = expected - request.context_tokens - (left or 1)
             if steps < 0:
                 steps, expected = 0, expected - steps
             ends.append((steps + 1 + late if left else steps + 1, -(-expected // size)))
@@ -73,7 +74,7 @@ class Forecast:
         """
         state = self._state
         target_s = min(_AGES_S, request.slack_s + request.waited_s)
-        again = request._replace(slack_s=target_s, waited_s=0.0)
+        again = replace(request, slack_s=target_s, waited_s=0.0)
         need = self._queued_blocks + state.blocks_of(max(again.expected_tokens, again.next_tokens))
         rows = self._rows + self._queued_rows + 1 - self._most_rows(again)
         ended = max(0, rows, bisect_left(self._free, need))

@@ -7,7 +7,6 @@ host blocks or nowhere. It says which k the next step should have; whoever turns
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -180,7 +179,7 @@ class Scheduler:
         arrived_s = self.clock()
         if request.sent_s is not None:
             arrived_s = min(arrived_s, request.sent_s)
-        sequence = Sequence(request, arrived_s, array("q", request.prompt), since_s=arrived_s)
+        sequence = Sequence(request, arrived_s, since_s=arrived_s)
         if queued >= self.limits.max_queue + places:
             self.returned[Reason.QUEUE] += 1
             raise queue_full(queued, self._fits_in_s(sequence))

@@ -509,7 +509,7 @@ def test_whenever_somebody_is_there_a_step_gets_somebody_on(now):
 @settings(deadline=None)
 @given(states(), st.floats(0, 1))
 def test_more_than_a_little_progress_is_only_made_in_time_or_for_free(now, slack_s):
-    now = replace(now, running=tuple(r._replace(slack_s=slack_s) for r in now.running))
+    now = replace(now, running=tuple(replace(r, slack_s=slack_s) for r in now.running))
     decision = plan_step(now, MODEL)
     taken = dict(decision.rows)
     decoders = [r for r in left_of(now, decision) if not r.prompt_left]
