@@ -18,6 +18,8 @@ from select_n_core.decisions.latency import StepShape
 from select_n_core.decisions.pace import Pace, with_prompt
 
 _AGES_S = 1e9
+_BITS = 40
+_BLOCKS = (1 << _BITS) - 1
 
 
 class Forecast:
@@ -51,16 +53,19 @@ class Forecast:
         prompt_tokens = sum(each.prompt_left for each in (*admitted, *queue))
         self._set_pace(shape, batch.prompt_tokens + prompt_tokens)
         late = self._prompt_steps
-        ends: list[tuple[int, int]] = []  # steps until each has ended, and its blocks then
+        # Steps until each has ended, and its blocks then, as one number: hundreds are sorted.
+        ends: list[int] = []
         for request in (*batch.requests, *admitted):
             left, expected = request.prompt_left, request.expected_tokens
             steps = expected - request.context_tokens - (left or 1)
             if steps < 0:
                 steps, expected = 0, expected - steps
-            ends.append((steps + 1 + late if left else steps + 1, -(-expected // size)))
+            if left:
+                steps += late
+            ends.append((steps + 1 << _BITS) - (-expected // size))
         ends.sort()
-        self._ends = [steps for steps, _ in ends]
-        self._free = list(accumulate([blocks for _, blocks in ends], initial=free))
+        self._ends = [end >> _BITS for end in ends]
+        self._free = list(accumulate([end & _BLOCKS for end in ends], initial=free))
         self._all_ended_s = self._after(self._ends[-1]) if ends else 0.0
         if queue:  # each is let in or returned by the time it may wait, and ends
             waits = [each.wait_left_s for each in queue if each.is_new]
