@@ -53,7 +53,7 @@ def admit(
     if not state.waiting:
         return came
     places = state.max_batch - len(batch.requests)
-    if places < 1 and not order.below(batch.requests, max(map(order.rank, state.waiting))):
+    if places < 1 and not order.has_below(batch.requests, max(map(order.rank, state.waiting))):
         return came
     room = Room(state, batch, pace_of(model, state.k, state.slots), order)
     first: RequestFacts | None = None  # in order, of those who are not let in

@@ -69,10 +69,10 @@ class Batch:
 
     def without(self, leaving: Sequence[RequestFacts], state: StepState) -> Batch:
         """What stays when some of them leave."""
-        gone, part = {id(request) for request in leaving}, Batch(leaving, state)
+        gone, part = set(leaving), Batch(leaving, state)
 
         def staying(requests: list[RequestFacts], some: list[RequestFacts]) -> list[RequestFacts]:
-            return [each for each in requests if id(each) not in gone] if some else requests
+            return [each for each in requests if each not in gone] if some else requests
 
         left = Batch.__new__(Batch)
         left.requests = staying(self.requests, part.requests)
@@ -83,7 +83,7 @@ class Batch:
         left.growth = self.growth - part.growth
         left.slack_s = self.slack_s
         if part.slack_s <= self.slack_s:
-            left.slack_s = min((each.slack_s for each in left.decoding), default=math.inf)
+            left.slack_s = min([each.slack_s for each in left.decoding], default=math.inf)
         left.shape = _less(self.shape, part.shape)
         left.later_shape = _less(self.later_shape, part.later_shape)
         return left

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from select_n_core.decisions.service import ServicePolicy
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RequestFacts:
     """A live request; no decision changes it.
 

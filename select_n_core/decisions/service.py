@@ -7,7 +7,7 @@ counted in weighted tokens per tenant. Source: the Virtual Token Counter, arXiv 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -82,7 +82,16 @@ class ServiceOrder:
 
     def below(self, requests: Iterable[AnyServed], rank: int) -> list[AnyServed]:
         """Those of a lower rank."""
-        return [each for each in requests if each.priority < rank and self.rank(each) < rank]
+        patience_s = self._patience_s
+        return [
+            each
+            for each in requests
+            if each.priority < rank and each.priority + int(each.waited_s / patience_s) < rank
+        ]
+
+    def has_below(self, requests: Iterable[Served], rank: int) -> bool:
+        """Whether any is of a lower rank."""
+        return any(each.priority < rank and self.rank(each) < rank for each in requests)
 
     def lane(self, request: Served) -> Lane:
         """The first parts of its key: whether its tenant is above its share, and its rank."""
@@ -117,13 +126,9 @@ class ServiceOrder:
             yield from sorted(lanes[lane], key=self.key)[::-1]
 
     def _by_lane(self, requests: Iterable[AnyServed]) -> dict[Lane, list[AnyServed]]:
-        lanes: dict[Lane, list[AnyServed]] = {}
+        lanes: dict[Lane, list[AnyServed]] = defaultdict(list)
         for request in requests:
-            lane = self.lane(request)
-            if (others := lanes.get(lane)) is None:
-                lanes[lane] = [request]
-            else:
-                others.append(request)
+            lanes[self.lane(request)].append(request)
         return lanes
 
 

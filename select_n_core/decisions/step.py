@@ -161,12 +161,10 @@ def _slack_s(state: StepState, batch: Batch, alone_s: float) -> float:
     gain_s = state.tpot_s - alone_s
     if batch.slack_s >= alone_s or gain_s <= 0:
         return batch.slack_s
-    return min(
-        (
-            request.slack_s
-            for request in batch.decoding
-            if request.slack_s
-            >= state.tpot_s - (request.most_tokens - request.context_tokens) * gain_s
-        ),
-        default=math.inf,
-    )
+    tpot_s = state.tpot_s
+    kept_s = [
+        request.slack_s
+        for request in batch.decoding
+        if request.slack_s >= tpot_s - (request.most_tokens - request.context_tokens) * gain_s
+    ]
+    return min(kept_s, default=math.inf)

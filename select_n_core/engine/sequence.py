@@ -6,7 +6,6 @@ import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from select_n_core.decisions.facts import RequestFacts
 from select_n_core.decisions.latency import StepShape, chunk_pairs
@@ -135,7 +134,8 @@ def facts_of(
 def shape_of(turns: Iterable[Turn]) -> StepShape:
     """What a step of these turns computes, before it does."""
     rows = context = tokens = pairs = 0
-    for sequence, amount in turns:
+    for turn in turns:
+        sequence, amount = turn.sequence, turn.amount
         if amount == 1 and sequence.output_tokens:
             rows, context = rows + 1, context + sequence.computed
         else:
@@ -143,7 +143,8 @@ def shape_of(turns: Iterable[Turn]) -> StepShape:
     return StepShape(rows, context, tokens, pairs)
 
 
-class Turn(NamedTuple):
+@dataclass(slots=True)
+class Turn:
     """One sequence's part of a step: `amount` tokens from `sequence.computed` on."""
 
     sequence: Sequence
