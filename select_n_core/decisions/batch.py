@@ -68,7 +68,7 @@ class Batch:
         self.later_shape = StepShape(len(self.requests), later)
 
     def without(self, leaving: Sequence[RequestFacts], state: StepState) -> Batch:
-        """What stays when some of them leave."""
+        """What stays when some of them leave, without another look at everyone."""
         gone, part = set(leaving), Batch(leaving, state)
 
         def staying(requests: list[RequestFacts], some: list[RequestFacts]) -> list[RequestFacts]:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from select_n_core.decisions.batch import Batch
 from select_n_core.decisions.facts import Cause, Preemption, RequestFacts, StepState, Way
 from select_n_core.decisions.latency import ComputeModel, LatencyModel, StepShape
 from select_n_core.decisions.pace import pace_of
@@ -455,6 +456,15 @@ def states(draw):
 def left_of(now: StepState, decision) -> list[RequestFacts]:
     gone = {victim.id for victim in decision.preempt}
     return [request for request in now.running if request.id not in gone]
+
+
+@given(states(), st.data())
+def test_a_batch_that_some_leave_is_the_batch_of_those_who_stay(now, data):
+    leaving = data.draw(st.lists(st.sampled_from(now.running), unique=True)) if now.running else []
+    staying = [each for each in now.running if each not in leaving]
+    left, fresh = Batch(now.running, now).without(leaving, now), Batch(staying, now)
+    for name in Batch.__slots__:
+        assert getattr(left, name) == getattr(fresh, name), name
 
 
 @settings(deadline=None)
