@@ -9,6 +9,7 @@ of a lower class.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from select_n_core.decisions.batch import Batch
@@ -52,16 +53,16 @@ def admit(
     if not state.waiting:
         return came
     places = state.max_batch - len(batch.requests)
-    if places < 1 and max(map(order.rank, state.waiting)) <= batch.lowest_rank:
+    if places < 1 and not order.has_below(batch.requests, max(map(order.rank, state.waiting))):
         return came
     room = Room(state, batch, pace_of(model, state.k, state.slots), order)
     first: RequestFacts | None = None  # in order, of those who are not let in
     late = 0
     if places > 0:
-        ordered = sorted(state.waiting, key=order.key)
+        looked_at: Iterable[RequestFacts] = order.first_to_last(state.waiting)
     else:  # only the first matters: whether somebody has to make room for it
-        ordered = [min(state.waiting, key=order.key)]
-    for request in ordered:
+        looked_at = [min(state.waiting, key=order.key)]
+    for request in looked_at:
         need = state.blocks_of(request.next_tokens)
         if need > state.blocks and state.k_up is None:
             came.fail.append(request.id)
@@ -121,21 +122,18 @@ def _evict_for(
     """Let `request` in for the last running ones of a lower class, or change nothing."""
     if order.above_share(request.tenant):
         return
-    rank = order.rank(request)
-    if rank <= batch.lowest_rank:
-        return
-    lower = sorted(
-        (running for running in batch.requests if order.rank(running) < rank), key=order.key
-    )[::-1]
-    for count, victim in enumerate(lower, start=1):
+    lower = order.below(batch.requests, order.rank(request))
+    victims: list[RequestFacts] = []
+    for victim in order.last_to_first(lower):
+        victims.append(victim)
         room.give_up(victim)
-        if places + count < 1:
+        if places + len(victims) < 1:
             continue
         lack = room.lacks(request)
         if lack is Reason.TTFT:  # the prompts before it stay, whoever goes
             return
         if lack is None:
-            came.evicted = lower[:count]
-            came.free_blocks += sum(each.blocks for each in came.evicted)
+            came.evicted = victims
+            came.free_blocks += sum(each.blocks for each in victims)
             _let_in(came, request, room, state)
             return

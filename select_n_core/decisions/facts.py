@@ -11,8 +11,12 @@ from typing import NamedTuple
 from select_n_core.decisions.service import ServicePolicy
 
 
-class RequestFacts(NamedTuple):
-    """A live request; a tuple, because hundreds are made per step.
+@dataclass(slots=True, eq=False)
+class RequestFacts:
+    """A live request; no decision changes it.
+
+    Not frozen, because there are hundreds and every step has them newly: whoever serves keeps one
+    per request and brings it up to date before each decision. What is to be kept must be copied.
 
     Attributes:
         context_tokens: in the cache: on the device, or in host blocks of one that waits.

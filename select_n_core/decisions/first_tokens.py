@@ -97,7 +97,7 @@ class FirstTokens:
         if not self._total + tokens:
             return True
         keys, sums, dues = self._known or self._look()
-        above, rank, quantum_s = *self._lane(request), self._state.policy.quantum_s
+        above, rank, quantum_s = *self._order.lane(request), self._state.policy.quantum_s
         behind = bisect_left(keys, (above, rank, request.slack_s - quantum_s))
         ahead = bisect_left(keys, (above, rank, request.slack_s + quantum_s))
         asked = [due for due in dues[:behind] if due]
@@ -164,7 +164,7 @@ class FirstTokens:
         """Keys in order, sums of tokens up to each, and what is asked of those not yet late."""
         quantum_s = self._state.policy.quantum_s
         keyed = sorted(
-            ((*self._lane(each), each.slack_s), each.prompt_left) for each in self._prompts
+            ((*self._order.lane(each), each.slack_s), each.prompt_left) for each in self._prompts
         )
         keys = [key for key, _ in keyed]
         sums = list(accumulate((left for _, left in keyed), initial=0))
@@ -178,7 +178,3 @@ class FirstTokens:
             dues.append(None if late else _Due(ahead, slack_s))
         self._known = keys, sums, dues
         return self._known
-
-    def _lane(self, request: RequestFacts) -> tuple[bool, int]:
-        above_share, rank = self._order.key(request)[:2]
-        return above_share, rank

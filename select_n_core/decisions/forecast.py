@@ -7,7 +7,8 @@ before it, and the prompts of all are computed first.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from select_n_core.decisions.batch import Batch
@@ -17,6 +18,8 @@ from select_n_core.decisions.latency import StepShape
 from select_n_core.decisions.pace import Pace, with_prompt
 
 _AGES_S = 1e9
+_BITS = 40
+_BLOCKS = (1 << _BITS) - 1
 
 
 class Forecast:
@@ -37,34 +40,26 @@ class Forecast:
     ) -> None:
         self._state = state
         self._pace = pace
-        size, shape = state.block_tokens, batch.later_shape
+        shape = batch.later_shape
         # Free blocks, those included that the others have yet to grow by.
         free = state.free_blocks - batch.growth
         for request in admitted:
             end = max(request.expected_tokens, request.next_tokens)
             shape = StepShape(shape.decode_rows + 1, shape.context_tokens + end)
             free -= state.blocks_of(end)
-        queued = [max(each.expected_tokens, each.next_tokens) for each in queue]
-        self._rows, self._queued_rows = shape.decode_rows, len(queued)
-        self._queued_blocks = sum(map(state.blocks_of, queued))
-        prompt_tokens = sum(each.prompt_left for each in (*admitted, *queue))
+        prompt_tokens = sum([each.prompt_left for each in (*admitted, *queue)])
+        self._rows, self._queued_rows = shape.decode_rows, len(queue)
         self._set_pace(shape, batch.prompt_tokens + prompt_tokens)
         late = self._prompt_steps
-        ends: list[tuple[int, int]] = []  # steps until each has ended, and its blocks then
-        for request in (*batch.requests, *admitted):
-            _, known, left, _, _, expected, _, _, _, _, _, _ = request
-            steps = expected - known - (left or 1)
-            if steps < 0:
-                steps, expected = 0, expected - steps
-            ends.append((steps + 1 + late if left else steps + 1, -(-expected // size)))
-        ends.sort()
-        self._ends = [steps for steps, _ in ends]
-        self._free = list(accumulate([blocks for _, blocks in ends], initial=free))
-        self._all_ended_s = self._after(self._ends[-1]) if ends else 0.0
-        if queue:  # each is let in or returned by the time it may wait, and ends
+        ends = sorted(self._ends_of((*batch.requests, *admitted), late))
+        self._ends = ends
+        self._free = list(accumulate([end & _BLOCKS for end in ends], initial=free))
+        self._all_ended_s = self._after(ends[-1] >> _BITS) if ends else 0.0
+        queued = self._ends_of(queue, 0)
+        self._queued_blocks = sum([end & _BLOCKS for end in queued])
+        if queued:  # each is let in or returned by the time it may wait, and ends
             waits = [each.wait_left_s for each in queue if each.is_new]
-            tokens = max(end - each.next_tokens for end, each in zip(queued, queue, strict=True))
-            self._all_ended_s += max([0.0, *waits]) + self._after(late + tokens)
+            self._all_ended_s += max([0.0, *waits]) + self._after(late + (max(queued) >> _BITS) - 1)
 
     def fits_in_s(self, request: RequestFacts) -> float:
         """Seconds until `request`, sent again then, would be let in if nobody else came.
@@ -73,7 +68,7 @@ class Forecast:
         """
         state = self._state
         target_s = min(_AGES_S, request.slack_s + request.waited_s)
-        again = request._replace(slack_s=target_s, waited_s=0.0)
+        again = replace(request, slack_s=target_s, waited_s=0.0)
         need = self._queued_blocks + state.blocks_of(max(again.expected_tokens, again.next_tokens))
         rows = self._rows + self._queued_rows + 1 - self._most_rows(again)
         ended = max(0, rows, bisect_left(self._free, need))
@@ -81,7 +76,25 @@ class Forecast:
             return max(self._row_s, self._all_ended_s)
         least_s = alone_s(again.prompt_left, state, self._pace)
         prompts_s = self._prompt_steps * self._prompt_s - max(0.0, target_s - least_s)
-        return max(self._row_s, prompts_s, self._after(self._ends[ended - 1]) if ended else 0.0)
+        ended_s = self._after(self._ends[ended - 1] >> _BITS) if ended else 0.0
+        return max(self._row_s, prompts_s, ended_s)
+
+    def _ends_of(self, requests: Iterable[RequestFacts], late: int) -> list[int]:
+        """Steps until each has ended, and its blocks then, as one number: hundreds are sorted.
+
+        Args:
+            late: steps before a prompt is through.
+        """
+        size, ends = self._state.block_tokens, []
+        for request in requests:
+            left, end = request.prompt_left, request.expected_tokens
+            steps = end - request.context_tokens - (left or 1)
+            if steps < 0:
+                steps, end = 0, end - steps
+            if left:
+                steps += late
+            ends.append((steps + 1 << _BITS) - (-end // size))
+        return ends
 
     def _set_pace(self, all_decode: StepShape, prompt_tokens: int) -> None:
         """How long steps take: with one row, with all, and with prompts beside all."""

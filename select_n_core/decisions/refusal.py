@@ -29,7 +29,7 @@ def refuse(
         left = tuple(request for request in left if request.id not in gone)
     if not left:
         return ()
-    longest = max(request.prompt_left for request in left)
+    longest = max([request.prompt_left for request in left])
     # Until the first token of any of them, if it is let in by the next step.
     next_s = pace.step_s(batch.shape) if batch.decoding else 0.0
     least_s = next_s + alone_s(longest, state, pace)
@@ -53,8 +53,10 @@ def refuse(
 
 
 def _waits_in_vain(request: RequestFacts, next_s: float, state: StepState, pace: Pace) -> bool:
+    if not request.is_new:
+        return False
     least_s = next_s + alone_s(request.prompt_left, state, pace)
-    return request.is_new and first_token_due_s(request, state, pace) < least_s
+    return first_token_due_s(request, state, pace) < least_s
 
 
 def _reason(request: RequestFacts, room: Room, state: StepState) -> Reason:

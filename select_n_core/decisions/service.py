@@ -7,16 +7,17 @@ counted in weighted tokens per tenant. Source: the Virtual Token Counter, arXiv 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 INPUT_WEIGHT = 1.0  # of a prompt token, as in the paper
 OUTPUT_WEIGHT = 2.0  # of an output token: it takes a whole step
 _MOST_QUANTA = 1 << 40
 _LEAST = (False, 0.0)  # standing of a tenant that nobody counted yet
 
+Lane = tuple[bool, int]
 ServiceKey = tuple[bool, int, int, float, float]
 
 
@@ -53,6 +54,9 @@ class Served(Protocol):
     def arrived_s(self) -> float: ...  # noqa: D102
 
 
+AnyServed = TypeVar("AnyServed", bound=Served)
+
+
 class ServiceOrder:
     """The order at one moment, as a sort key: the smallest goes first.
 
@@ -61,7 +65,7 @@ class ServiceOrder:
     """
 
     def __init__(self, policy: ServicePolicy, levels: Mapping[str, float]) -> None:
-        self._policy = policy
+        self._quantum_s, self._patience_s = policy.quantum_s, policy.patience_s
         least = min(levels.values(), default=0.0)
         self._standings = {
             tenant: (level - least > policy.share_tokens, level - least)
@@ -74,22 +78,58 @@ class ServiceOrder:
 
     def rank(self, request: Served) -> int:
         """Its class, lifted by the time it waited."""
-        return request.priority + int(request.waited_s / self._policy.patience_s)
+        return request.priority + int(request.waited_s / self._patience_s)
+
+    def below(self, requests: Iterable[AnyServed], rank: int) -> list[AnyServed]:
+        """Those of a lower rank."""
+        patience_s = self._patience_s
+        return [
+            each
+            for each in requests
+            if each.priority < rank and each.priority + int(each.waited_s / patience_s) < rank
+        ]
+
+    def has_below(self, requests: Iterable[Served], rank: int) -> bool:
+        """Whether any is of a lower rank."""
+        return any(each.priority < rank and self.rank(each) < rank for each in requests)
+
+    def lane(self, request: Served) -> Lane:
+        """The first parts of its key: whether its tenant is above its share, and its rank."""
+        above_share, _ = self._standings.get(request.tenant, _LEAST)
+        rank, waited_s = request.priority, request.waited_s
+        if waited_s >= self._patience_s:
+            rank += int(waited_s / self._patience_s)
+        return above_share, -rank
 
     def key(self, request: Served) -> ServiceKey:
         """Sorts requests into the order of service; equals stay in the order given."""
         above_share, ahead = self._standings.get(request.tenant, _LEAST)
+        rank, waited_s = request.priority, request.waited_s
+        if waited_s >= self._patience_s:
+            rank += int(waited_s / self._patience_s)
         # Late is late: among those who missed their deadline, fairness decides at once.
-        quanta = request.slack_s / self._policy.quantum_s
+        quanta = request.slack_s / self._quantum_s
         if quanta > _MOST_QUANTA:
             quanta = _MOST_QUANTA
-        return (
-            above_share,
-            -request.priority - int(request.waited_s / self._policy.patience_s),
-            int(quanta) if quanta > 0 else -1,
-            ahead,
-            request.arrived_s,
-        )
+        return above_share, -rank, int(quanta) if quanta > 0 else -1, ahead, request.arrived_s
+
+    def first_to_last(self, requests: Iterable[AnyServed]) -> Iterator[AnyServed]:
+        """In the order of service, sorted no further than one looks."""
+        lanes = self._by_lane(requests)
+        for lane in sorted(lanes):
+            yield from sorted(lanes[lane], key=self.key)
+
+    def last_to_first(self, requests: Iterable[AnyServed]) -> Iterator[AnyServed]:
+        """The other way round."""
+        lanes = self._by_lane(requests)
+        for lane in sorted(lanes, reverse=True):
+            yield from sorted(lanes[lane], key=self.key)[::-1]
+
+    def _by_lane(self, requests: Iterable[AnyServed]) -> dict[Lane, list[AnyServed]]:
+        lanes: dict[Lane, list[AnyServed]] = defaultdict(list)
+        for request in requests:
+            lanes[self.lane(request)].append(request)
+        return lanes
 
 
 class TenantLedger:

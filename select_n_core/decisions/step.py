@@ -32,19 +32,19 @@ def plan_step(state: StepState, model: LatencyModel) -> StepDecision:
     batch = Batch(state.running, state)
     victims = _to_make_room(state, batch, order)
     if victims:
-        batch = _without(batch, victims, state)
+        batch = batch.without(victims, state)
     missed = _misses(state, batch, pace)
     change = fewer_in_danger(state, batch, pace, model) if missed else None
     if change is None and missed and (slow := _to_be_in_time(state, batch, pace, order)):
         victims += slow
-        batch = _without(batch, slow, state)
+        batch = batch.without(slow, state)
     if victims:  # what came free is needed now; who comes next is decided without haste
         came = Admission(state.free_blocks + sum(victim.blocks for victim in victims))
     else:
         came = admit(state, batch, missed, order, model)
         if came.evicted:
             victims = came.evicted
-            batch = _without(batch, victims, state)
+            batch = batch.without(victims, state)
         if came.k_up is not None:
             change = Change(came.k_up, Cause.KV)
         elif change is None and not victims and not came.admitted:
@@ -61,11 +61,6 @@ def plan_step(state: StepState, model: LatencyModel) -> StepDecision:
         missed=missed,
         refuse=refuse(state, batch, came, pace, order),
     )
-
-
-def _without(batch: Batch, victims: list[RequestFacts], state: StepState) -> Batch:
-    gone = {victim.id for victim in victims}
-    return Batch([request for request in batch.requests if request.id not in gone], state)
 
 
 def _to_make_room(state: StepState, batch: Batch, order: ServiceOrder) -> list[RequestFacts]:
@@ -133,6 +128,7 @@ def _rows(
     limit = state.max_step_tokens - shape.decode_rows
     alone_s = pace.step_s(shape)
     budget_s = _slack_s(state, batch, alone_s) / (1 + state.reserve)
+    in_time = budget_s >= alone_s
     hopeless = alone_s >= state.tpot_s  # slack will not come back by itself
     for request in sorted(prompts, key=order.key):
         context = request.context_tokens
@@ -142,7 +138,8 @@ def _rows(
             continue
         tokens = most
         if batch.decoding:
-            tokens = pace.tokens_within(shape, budget_s, most, context)
+            # Where decoding alone takes longer, there is no need to search.
+            tokens = pace.tokens_within(shape, budget_s, most, context) if in_time else 0
             if tokens < most and budget_s < _SPARE * alone_s:
                 # What the copies hide costs nobody anything; more time than that hides more.
                 least = pace.free_tokens(batch.shape, limit)
@@ -164,12 +161,10 @@ def _slack_s(state: StepState, batch: Batch, alone_s: float) -> float:
     gain_s = state.tpot_s - alone_s
     if batch.slack_s >= alone_s or gain_s <= 0:
         return batch.slack_s
-    return min(
-        (
-            request.slack_s
-            for request in batch.decoding
-            if request.slack_s
-            >= state.tpot_s - (request.most_tokens - request.context_tokens) * gain_s
-        ),
-        default=math.inf,
-    )
+    tpot_s = state.tpot_s
+    kept_s = [
+        request.slack_s
+        for request in batch.decoding
+        if request.slack_s >= tpot_s - (request.most_tokens - request.context_tokens) * gain_s
+    ]
+    return min(kept_s, default=math.inf)

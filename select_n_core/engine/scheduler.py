@@ -7,7 +7,6 @@ host blocks or nowhere. It says which k the next step should have; whoever turns
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -176,14 +175,15 @@ class Scheduler:
         # Those who wait for no more than the next step to begin are not queued yet, and those who
         # were preempted were let in before.
         places = self.limits.max_batch - len(self.running)
-        queued = sum(not sequence.preempted for sequence in self.waiting.values())
         arrived_s = self.clock()
         if request.sent_s is not None:
             arrived_s = min(arrived_s, request.sent_s)
-        sequence = Sequence(request, arrived_s, array("q", request.prompt), since_s=arrived_s)
-        if queued >= self.limits.max_queue + places:
-            self.returned[Reason.QUEUE] += 1
-            raise queue_full(queued, self._fits_in_s(sequence))
+        sequence = Sequence(request, arrived_s, since_s=arrived_s)
+        if len(self.waiting) >= self.limits.max_queue + places:
+            queued = sum(not sequence.preempted for sequence in self.waiting.values())
+            if queued >= self.limits.max_queue + places:
+                self.returned[Reason.QUEUE] += 1
+                raise queue_full(queued, self._fits_in_s(sequence))
         self._ledger.join(request.tenant)
         self.waiting[request.id] = sequence
 
@@ -231,7 +231,8 @@ class Scheduler:
         for request_id in decision.admit:
             self._let_in(request_id)
         self.change = decision.change
-        turns, running = [], self.running
+        turns: list[Turn] = []
+        running = self.running
         for request_id, count in decision.rows:
             sequence = running[request_id]
             if sequence.computed + count > sequence.room:

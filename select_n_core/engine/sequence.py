@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 from select_n_core.decisions.facts import RequestFacts
 from select_n_core.decisions.latency import StepShape, chunk_pairs
@@ -20,18 +19,23 @@ class Sequence:
     """A live request's state.
 
     Attributes:
+        request: without its prompt, which `tokens` begins with: the garbage collector would visit
+            every token of a tuple, at the expense of some step.
+        tokens: prompt and output so far; no list, for the same reason.
+        prompt_tokens: how many of them are the prompt.
         computed: tokens whose K/V are in the cache, on the device or in host blocks.
-        tokens: prompt and output so far; no list, whose every item the garbage collector visits.
         since_s: when it began to wait; None while it runs. waited_s: before that, in all.
         charged: tokens that its tenant was charged for.
         room: tokens that fit the device blocks it owns.
         preempted: how often it gave its blocks back.
         coming_back: its cache is on the way from host blocks.
+        facts: what decisions look at, as of the last call of `facts_of`.
     """
 
     request: Request
     arrived_s: float
-    tokens: array[int]
+    tokens: array[int] = field(init=False)
+    prompt_tokens: int = field(init=False)
     computed: int = 0
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -41,16 +45,32 @@ class Sequence:
     room: int = 0
     preempted: int = 0
     coming_back: bool = False
+    facts: RequestFacts = field(init=False)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.tokens, self.prompt_tokens = array("q", request.prompt), len(request.prompt)
+        self.request = replace(request, prompt=())
+        self.facts = RequestFacts(
+            request.id,
+            context_tokens=0,
+            prompt_left=self.prompt_tokens,
+            slack_s=math.inf,
+            most_tokens=self.most_tokens,
+            tenant=request.tenant,
+            priority=request.priority,
+            arrived_s=self.arrived_s,
+        )
 
     @property
     def output_tokens(self) -> int:
         """Tokens generated so far."""
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self.prompt_tokens
 
     @property
     def most_tokens(self) -> int:
         """Prompt and output at most."""
-        return len(self.request.prompt) + self.request.sampling.max_tokens
+        return self.prompt_tokens + self.request.sampling.max_tokens
 
     def slack_s(self, now_s: float, slo: SLO) -> float:
         """Seconds until its next token is due: the first by TTFT, then one per TPOT."""
@@ -61,7 +81,7 @@ class Sequence:
 
     def charge(self, tokens: int) -> float:
         """Weighted tokens up to `tokens` in all that its tenant was not charged for yet."""
-        begin, end, prompt = self.charged, min(tokens, self.most_tokens), len(self.request.prompt)
+        begin, end, prompt = self.charged, min(tokens, self.most_tokens), self.prompt_tokens
         if end <= begin:
             return 0.0
         self.charged = end
@@ -72,49 +92,50 @@ class Sequence:
 def facts_of(
     sequences: Iterable[Sequence], now_s: float, slo: SLO, block_tokens: int, expected_output: int
 ) -> tuple[RequestFacts, ...]:
-    """What decisions look at. Written out in one loop: it is made for everyone at every step."""
-    facts, make, never = [], tuple.__new__, math.inf
+    """What decisions look at, brought up to date.
+
+    Written out in one loop, and what never changes is left as it is: it is done for everyone at
+    every step.
+    """
+    found = []
     tpot_s, max_wait_s = slo.tpot_s, slo.max_wait_s
     for each in sequences:
-        request, computed, first_s, since_s = (
-            each.request,
+        facts, computed, first_s, since_s = (
+            each.facts,
             each.computed,
             each.first_token_s,
             each.since_s,
         )
-        prompt, known, most = len(request.prompt), len(each.tokens), request.sampling.max_tokens
+        known, prompt, most = len(each.tokens), each.prompt_tokens, facts.most_tokens
         left, output = known - computed, known - prompt
-        expected = expected_output if output < expected_output else output + 1
-        slack_s = each.slack_s(now_s, slo) if first_s is None else first_s + tpot_s * output - now_s
-        wait_left_s = never
-        if since_s is not None and not each.preempted:
-            wait_left_s = slack_s if max_wait_s is None else max_wait_s - (now_s - since_s)
-        facts.append(
-            make(
-                RequestFacts,
-                (
-                    request.id,
-                    computed,
-                    0 if left == 1 and output else left,
-                    slack_s,
-                    each.room // block_tokens,
-                    prompt + (expected if expected < most else most),
-                    prompt + most,
-                    request.tenant,
-                    request.priority,
-                    each.waited_s if since_s is None else each.waited_s + now_s - since_s,
-                    each.arrived_s,
-                    wait_left_s,
-                ),
-            )
-        )
-    return tuple(facts)
+        facts.context_tokens = computed
+        facts.prompt_left = 0 if left == 1 and output else left
+        facts.blocks = each.room // block_tokens
+        expected = prompt + expected_output if output < expected_output else known + 1
+        facts.expected_tokens = expected if expected < most else most
+        if first_s is None:
+            facts.slack_s = each.slack_s(now_s, slo)
+        else:
+            facts.slack_s = first_s + tpot_s * output - now_s
+        if since_s is None:
+            facts.waited_s, facts.wait_left_s = each.waited_s, math.inf
+        else:
+            facts.waited_s = each.waited_s + now_s - since_s
+            if each.preempted:
+                facts.wait_left_s = math.inf
+            elif max_wait_s is None:
+                facts.wait_left_s = facts.slack_s
+            else:
+                facts.wait_left_s = max_wait_s - (now_s - since_s)
+        found.append(facts)
+    return tuple(found)
 
 
 def shape_of(turns: Iterable[Turn]) -> StepShape:
     """What a step of these turns computes, before it does."""
     rows = context = tokens = pairs = 0
-    for sequence, amount in turns:
+    for turn in turns:
+        sequence, amount = turn.sequence, turn.amount
         if amount == 1 and sequence.output_tokens:
             rows, context = rows + 1, context + sequence.computed
         else:
@@ -122,7 +143,8 @@ def shape_of(turns: Iterable[Turn]) -> StepShape:
     return StepShape(rows, context, tokens, pairs)
 
 
-class Turn(NamedTuple):
+@dataclass(slots=True)
+class Turn:
     """One sequence's part of a step: `amount` tokens from `sequence.computed` on."""
 
     sequence: Sequence

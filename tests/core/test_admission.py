@@ -25,7 +25,8 @@ def new(name: str, prompt: int = 10, slack_s: float = 1.0, **facts) -> RequestFa
 
 
 def waited(request: RequestFacts, seconds: float) -> RequestFacts:
-    return request._replace(
+    return replace(
+        request,
         slack_s=request.slack_s - seconds,
         wait_left_s=request.wait_left_s - seconds,
         waited_s=request.waited_s + seconds,
@@ -44,7 +45,7 @@ class TestFirstTokens:
     """One row takes 1 ms, every token more 0.1 ms; 64 tokens a step at most."""
 
     def test_one_comes_in_if_the_prompts_before_it_leave_it_time(self):
-        ahead = prompting("ahead", 500)._replace(slack_s=0.5)  # 8 steps of 7.3 ms
+        ahead = replace(prompting("ahead", 500), slack_s=0.5)  # 8 steps of 7.3 ms
         tight = {"tpot_s": 10 * MS}
         assert plan([ahead], [new("a", 10, 0.6)], **tight).admit == ("a",)
         decision = plan([ahead], [new("a", 10, 60 * MS, priority=-1)], **tight)
@@ -63,14 +64,14 @@ class TestFirstTokens:
         assert plan([decoding("d", slack_s=8 * MS)], waiting, tpot_s=3 * MS).admit == ("a",)
 
     def test_nobody_comes_in_before_one_whose_first_token_would_then_be_late(self):
-        mine = prompting("mine", 128)._replace(slack_s=17 * MS)  # needs 14.6 ms
+        mine = replace(prompting("mine", 128), slack_s=17 * MS)  # needs 14.6 ms
         urgent = new("urgent", 60, 9 * MS, priority=1)
         assert plan([mine], [urgent], tpot_s=10 * MS).admit == ()
-        relaxed = mine._replace(slack_s=40 * MS)
+        relaxed = replace(mine, slack_s=40 * MS)
         assert plan([relaxed], [urgent], tpot_s=10 * MS).admit == ("urgent",)
 
     def test_one_that_is_late_already_keeps_nobody_out(self):
-        late = prompting("late", 128)._replace(slack_s=1 * MS)
+        late = replace(prompting("late", 128), slack_s=1 * MS)
         assert plan([late], [new("a", 10, 0.5)], tpot_s=10 * MS).admit == ("a",)
 
     def test_a_prompt_too_long_for_its_target_is_judged_by_what_it_takes_alone(self):
@@ -78,7 +79,7 @@ class TestFirstTokens:
         assert plan((), [long]).admit == ("long",)
         assert plan((), [waited(long, 5 * MS)]).admit == ("long",)
         assert reasons(plan((), [waited(long, 10 * MS)])) == {"long": Reason.TTFT}
-        busy = [prompting("other", 640)._replace(slack_s=0.1)]
+        busy = [replace(prompting("other", 640), slack_s=0.1)]
         assert plan(busy, [long]).admit == ()
 
     def test_one_that_was_let_in_before_waits_for_no_first_token(self):
@@ -159,7 +160,7 @@ class TestWhenItFits:
 
     def test_once_steps_are_fast_enough(self):
         rows = [self.ending(str(left), left) for left in (10, 20, 30)]
-        rows = [row._replace(slack_s=1.25 * MS) for row in rows]
+        rows = [replace(row, slack_s=1.25 * MS) for row in rows]
         assert self.fits_in_s(rows, tpot_s=1.25 * MS) > 10 * 1.2 * MS
 
     def test_one_step_at_least(self):

@@ -1,5 +1,7 @@
 """The scheduler: who is let in, who runs, who is preempted, and whose blocks come back."""
 
+import gc
+
 import pytest
 from fake_executor import VOCAB, Clock, Served, expected_tokens, served
 from hypothesis import given, settings
@@ -199,12 +201,32 @@ class TestSteps:
         assert queue.next_step() == []
 
 
+class TestFacts:
+    def test_a_live_request_leaves_the_garbage_collector_no_tokens_to_visit(self):
+        queue = scheduler()
+        queue.add(request("a", prompt=5))
+        live = queue.find("a")
+        assert not live.request.prompt
+        assert not any(isinstance(each, int) for each in gc.get_referents(live.tokens))
+        assert (live.prompt_tokens, live.output_tokens) == (5, 0)
+
+    def test_facts_follow_the_request(self):
+        clock = Clock()
+        queue = scheduler(clock=clock)
+        queue.add(request("a", prompt=5))
+        (waiting,) = queue.state().waiting
+        assert (waiting.context_tokens, waiting.prompt_left, waiting.is_new) == (0, 5, True)
+        advance(queue.next_step(), clock)
+        (running,) = queue.state().running
+        assert (running.context_tokens, running.prompt_left, running.is_new) == (5, 0, False)
+
+
 class TestSlack:
     def test_before_the_first_token_the_target_is_that_of_ttft_or_its_own(self):
         slo = SLO(tpot_s=0.1, ttft_s=1.0)
-        assert Sequence(request("a"), 5.0, [1, 2]).slack_s(5.25, slo) == 0.75
+        assert Sequence(request("a"), 5.0).slack_s(5.25, slo) == 0.75
         own = request("a", deadline_s=0.5)
-        assert Sequence(own, 5.0, [1, 2]).slack_s(5.25, slo) == 0.25
+        assert Sequence(own, 5.0).slack_s(5.25, slo) == 0.25
 
     def test_every_token_earns_its_time_and_the_clock_spends_it(self):
         clock = Clock()

@@ -93,6 +93,17 @@ def test_waiting_longer_never_sets_a_request_back(one, served, more_s):
     assert order.key(one._replace(waited_s=one.waited_s + more_s)) <= order.key(one)
 
 
+@given(st.lists(lives, max_size=12), levels, st.integers(-4, 6))
+def test_a_part_of_the_order_is_the_order_of_a_part(some, served, rank):
+    order = ServiceOrder(POLICY, served)
+    everyone = sorted(some, key=order.key)
+    assert list(order.first_to_last(some)) == everyone
+    assert list(order.last_to_first(some)) == everyone[::-1]
+    lower = [each for each in some if order.rank(each) < rank]
+    assert order.below(some, rank) == lower
+    assert order.has_below(some, rank) == bool(lower)
+
+
 class TestLedger:
     def test_a_newcomer_starts_at_the_least_level_of_the_active(self):
         ledger = TenantLedger()

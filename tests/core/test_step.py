@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from select_n_core.decisions.batch import Batch
 from select_n_core.decisions.facts import Cause, Preemption, RequestFacts, StepState, Way
 from select_n_core.decisions.latency import ComputeModel, LatencyModel, StepShape
 from select_n_core.decisions.pace import pace_of
@@ -457,6 +458,15 @@ def left_of(now: StepState, decision) -> list[RequestFacts]:
     return [request for request in now.running if request.id not in gone]
 
 
+@given(states(), st.data())
+def test_a_batch_that_some_leave_is_the_batch_of_those_who_stay(now, data):
+    leaving = data.draw(st.lists(st.sampled_from(now.running), unique=True)) if now.running else []
+    staying = [each for each in now.running if each not in leaving]
+    left, fresh = Batch(now.running, now).without(leaving, now), Batch(staying, now)
+    for name in Batch.__slots__:
+        assert getattr(left, name) == getattr(fresh, name), name
+
+
 @settings(deadline=None)
 @given(states())
 def test_a_step_never_breaks_its_limits_and_never_forgets_who_decodes(now):
@@ -509,7 +519,7 @@ def test_whenever_somebody_is_there_a_step_gets_somebody_on(now):
 @settings(deadline=None)
 @given(states(), st.floats(0, 1))
 def test_more_than_a_little_progress_is_only_made_in_time_or_for_free(now, slack_s):
-    now = replace(now, running=tuple(r._replace(slack_s=slack_s) for r in now.running))
+    now = replace(now, running=tuple(replace(r, slack_s=slack_s) for r in now.running))
     decision = plan_step(now, MODEL)
     taken = dict(decision.rows)
     decoders = [r for r in left_of(now, decision) if not r.prompt_left]
