@@ -82,14 +82,11 @@ class Executor:
             streamed=self.streamed,
             poison=placement.poison,
         )
-        self.cache = KVCache(
+        self.cache = self._make_cache(
             self.arena.region(
                 self.layout.lattice_offset,
                 self.layout.lattice_blocks * self.memory.kv_block_bytes,
-            ),
-            model.kv,
-            placement.block_tokens,
-            model.dtype,
+            )
         )
         self.blocks = BlockTable(
             self.layout.kv_ids(self.k), placement.block_tokens, self.layout.ring_id
@@ -287,6 +284,10 @@ class Executor:
         self._homes.clear()
         self._mirrors.close()
         self.arena.close()
+
+    def _make_cache(self, region: Tensor) -> KVCache:
+        """The KV cache over the bytes that blocks may ever lie in."""
+        return KVCache(region, self.model.kv, self.placement.block_tokens, self.model.dtype)
 
     def _layout(self) -> DeviceLayout:
         placement, k = self.placement, self.k
