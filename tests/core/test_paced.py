@@ -1,5 +1,6 @@
 """Paced compute: a record's times without its weights, on real streaming, blocks and memory."""
 
+import threading
 import time
 from contextlib import aclosing, contextmanager
 
@@ -15,11 +16,13 @@ from virtual import VirtualClock, VirtualLink
 from select_n_core.decisions.law import iteration_s
 from select_n_core.decisions.layout import arena_bytes_for
 from select_n_core.decisions.plan import make_plan
+from select_n_core.engine import build
 from select_n_core.engine.build import build_engine
 from select_n_core.engine.client import ProcessClient
 from select_n_core.engine.messages import FinishReason, Request, SamplingParams
 from select_n_core.engine.planning import plan_inputs
-from select_n_core.errors import ConfigError, InputError, StreamingError
+from select_n_core.errors import ConfigError, EngineError, InputError, StreamingError
+from select_n_core.links.board import Member
 from select_n_core.links.paced import SAMPLE_BYTES, PacedLink, Timeline
 from select_n_core.links.pacer import Pacer
 from select_n_core.models.paced import VOCAB_SIZE, paced_model
@@ -371,6 +374,31 @@ class TestEngine:
             grown = psutil.Process().memory_info().rss - before
         assert info.host_bytes > gib // 2
         assert grown < 64 << 20
+
+
+class TestFailedBuild:
+    """What was taken before it failed."""
+
+    @pytest.mark.parametrize("failing", ["_placed", "HostBlocks", "Scheduler", "Engine", "_info"])
+    def test_it_leaves_no_seat_on_the_bus_no_thread_and_no_mirror(
+        self, tmp_path, monkeypatch, failing
+    ):
+        made = record()
+        link = {"kind": "emulated", "bandwidth": made.link_bytes_per_s, "bus": {"name": "failed"}}
+        config = far(tmp_path, made, link=link)
+
+        def fails(*_: object, **__: object) -> None:
+            raise EngineError("no further")
+
+        monkeypatch.setattr(build, failing, fails)
+        with Member("failed", made.link_bytes_per_s) as first:
+            threads = set(threading.enumerate())
+            files = psutil.Process().num_fds()  # mirrors and seats hold some
+            with pytest.raises(EngineError, match="no further"):
+                build_engine(config)
+            assert first.members == 1
+            assert set(threading.enumerate()) == threads
+            assert psutil.Process().num_fds() == files
 
 
 def _stepped(heard: Heard):
