@@ -137,6 +137,8 @@ class Executor:
 
     def shortfall(self, k: int) -> int:
         """KV blocks that must be released before `turn(k)`."""
+        if self._ring_changes_hands(k):
+            return self.blocks.shortfall(self.layout.kv_ids(k))
         return self.blocks.shortfall(self._kept_ids(k))
 
     def turn(self, k: int) -> None:
@@ -144,7 +146,9 @@ class Executor:
 
         Costs no link bytes: a demoted unit's mirror exists, a promoted unit's next copy goes to
         its home. KV blocks in homes that are needed again move now; the homes and slots that the
-        next step frees hold KV after it.
+        next step frees hold KV after it. From k = 0 or to it, where the KV does not fit what lies
+        in neither homes nor ring, the ring is emptied and the KV goes from one to the other at
+        once: up to d units' copies that were ahead are lost.
 
         Raises:
             DeviceMemoryError: `shortfall(k)` blocks are in the way; nothing was changed.
@@ -152,7 +156,17 @@ class Executor:
         """
         if k > self.m:
             raise InputError(f"k can be {self.m} at most, as many are mirrored; got {k}", field="k")
+        if self._ring_changes_hands(k):
+            moves = self.blocks.resize(self.layout.kv_ids(k))
+            with torch.inference_mode():
+                self._streamer.restart(
+                    streamed_units(self.memory.units, k), partial(self.cache.move, moves)
+                )
+            self.k = k
+            return
         moves = self.blocks.resize(self._kept_ids(k))
+        if moves:
+            self.link.drain()  # what is swapped back into a block must be there before it moves
         with torch.inference_mode():
             self.cache.move(moves)
         self.k = k
@@ -305,6 +319,11 @@ class Executor:
         """The KV blocks that exist now and may stay while k turns to `k`."""
         now, then = self.blocks.ids, self.layout.kv_ids(k)
         return range(max(now.start, then.start), min(now.stop, then.stop))
+
+    def _ring_changes_hands(self, k: int) -> bool:
+        """Whether KV must leave the ring for homes, or homes for the ring, on the way to `k`."""
+        crosses = (self.k == 0) != (k == 0)
+        return crosses and self.blocks.shortfall(self._kept_ids(k)) > 0
 
     def _lend(self) -> None:
         """Every unit had its turn since k was set: what is not needed any more holds KV now."""
