@@ -21,6 +21,7 @@ from select_n_core.decisions.facts import (
     Way,
 )
 from select_n_core.decisions.forecast import Forecast
+from select_n_core.decisions.interval import next_up
 from select_n_core.decisions.latency import LatencyModel
 from select_n_core.decisions.pace import pace_of
 from select_n_core.decisions.preemption import release
@@ -272,7 +273,7 @@ class Scheduler:
             tpot_s=slo.tpot_s,
             policy=self._policy,
             k_min=self.k if turning is None else turning.k_min,
-            k_up=self._k_up(exist),
+            k_up=self._k_up(),
             blocks_at=() if turning is None else turning.blocks_at,
             host_blocks=self._residence.host_blocks,
             block_copy_s=self._residence.block_copy_s,
@@ -282,12 +283,11 @@ class Scheduler:
             levels=self._ledger.levels(),
         )
 
-    def _k_up(self, blocks: int) -> int | None:
+    def _k_up(self) -> int | None:
         turning = self.turning
         if turning is None or not self.waiting:
             return None
-        larger = range(self.k + 1, turning.k_most() + 1)
-        return next((k for k in larger if turning.blocks_at[k] > blocks), None)
+        return next_up(self.k, turning.k_most(), turning.k_min, self.slots, turning.blocks_at)
 
     def _let_in(self, request_id: str) -> None:
         sequence = self.waiting.pop(request_id)

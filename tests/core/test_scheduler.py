@@ -381,14 +381,14 @@ class TestPreemption:
         assert world.tokens["small"] == expected_tokens(small)
 
     def test_as_long_as_k_may_rise_it_gets_the_room_instead(self):
-        world = served(COSTLY, SLACK, [3, 5, 8], k=2, max_tokens=32)
+        world = served(COSTLY, SLACK, [3, 3, 3, 5, 8], k=4, max_tokens=32)
         world.engine.turn(0)
         world.step()
         large = asked("large", prompt=22, tokens=8)
         world.engine.submit(large)
         world.run()
         assert world.tokens["large"] == expected_tokens(large)
-        assert world.executor.k == 2
+        assert world.executor.k == 4
 
 
 class TestFairness:
