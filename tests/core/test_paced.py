@@ -375,6 +375,30 @@ class TestEngine:
         assert info.host_bytes > gib // 2
         assert grown < 64 << 20
 
+    def test_from_k_0_to_more_and_back_with_its_kv_full_it_preempts_nobody(self, tmp_path):
+        workload = {"prompt_tokens": 64, "output_tokens": 32, "rate": 1.0}
+        config = far(tmp_path, device_memory="704KiB", workload=workload)
+        with serving(config) as (engine, info):
+            heard, executor = Heard(engine), engine.executor
+            assert (info.k, executor.layout.k_min) == (0, 0)
+            most = min(executor.m, executor.cap)
+            names = [f"r{number}" for number in range(4)]
+            for name in names:
+                engine.submit(request(name, tokens=200, length=60))
+            for k in (most, 0, most, 0):
+                for _ in range(10):
+                    heard.step()
+                assert len(engine.scheduler.running) > 1
+                ring = executor.layout.lattice_blocks - executor.layout.ring_id
+                owned = executor.blocks.blocks - executor.blocks.free_blocks
+                free = len(executor.layout.kv_ids(0)) - ring  # neither in a home nor in the ring
+                assert owned > free
+                engine.turn(k)
+                assert executor.blocks.ids == executor.layout.kv_ids(k)
+                assert engine.stats().recomputes == engine.stats().swaps == 0
+            heard.run(5000)
+        assert all(len(heard.tokens(name)) == 200 for name in names)
+
 
 class TestFailedBuild:
     """What was taken before it failed."""
