@@ -218,8 +218,7 @@ class Scheduler:
 
     def next_step(self) -> list[Turn]:
         """Decide the step, apply the decision and return everyone's turn."""
-        for lost in self._residence.settle(self.running.values()):
-            self._wait_again(lost, Way.RECOMPUTE)
+        self._arrive()
         self._forecast = None
         decision = plan_step(self.state(), self.latency)
         if decision.missed:
@@ -244,7 +243,12 @@ class Scheduler:
         return turns
 
     def release(self, blocks: int) -> None:
-        """Preempt the last running requests in service order until `blocks` came back."""
+        """Preempt the last running requests in service order until `blocks` came back.
+
+        Before every turn of k, also for no blocks: what is on its way back to a block must be
+        there before the block moves.
+        """
+        self._arrive()
         if blocks > 0:
             self._preempt(release(self.state(), blocks, self.latency))
 
@@ -302,6 +306,10 @@ class Scheduler:
         self.running[request_id] = sequence
         if not self._residence.bring_back(sequence):
             self._wait_again(sequence, Way.RECOMPUTE)
+
+    def _arrive(self) -> None:
+        for lost in self._residence.settle(self.running.values()):
+            self._wait_again(lost, Way.RECOMPUTE)
 
     def _preempt(self, preemptions: tuple[Preemption, ...]) -> None:
         for request_id, way in preemptions:

@@ -165,8 +165,6 @@ class Executor:
             self.k = k
             return
         moves = self.blocks.resize(self._kept_ids(k))
-        if moves:
-            self.link.drain()  # what is swapped back into a block must be there before it moves
         with torch.inference_mode():
             self.cache.move(moves)
         self.k = k

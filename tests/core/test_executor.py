@@ -14,7 +14,6 @@ from tiny import VOCAB_SIZE, save_tiny, tiny_llama
 
 from select_n_core.decisions.layout import arena_bytes_for
 from select_n_core.errors import DeviceMemoryError, HostMemoryError, InputError, LinkError
-from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.emulated import EmulatedLink
 from select_n_core.models.load import load_model, take_apart
 from select_n_core.offload.executor import Executor
@@ -260,28 +259,6 @@ class TestTurningK:
             assert all(in_homes)
             assert in_ring
             assert in_homes
-
-    def test_what_is_swapped_back_into_a_block_is_there_before_the_block_moves(self, bench):
-        slow = EmulatedLink(bytes_per_s=1e6)
-        with placed(bench.model, slow, k=4, k_min=1, mirrors=4) as executor:
-            host = HostBlocks(1, executor.memory.kv_block_bytes, slow)
-            executor.blocks.reserve("crowd", executor.blocks.free_tokens - 8)
-            executor.blocks.reserve("back", 8)
-            (old,) = executor.blocks.table("back")
-            held = executor.cache.bytes_of(old)
-            held.copy_(torch.arange(held.numel()) % 251)
-            written = held.clone()
-            host.keep("back", [held])
-            held.zero_()
-            executor.blocks.release("crowd")
-            host.bring_back("back", [held])
-            executor.turn(1)
-            host.settle("back")
-            (new,) = executor.blocks.table("back")
-            assert new != old
-            assert torch.equal(executor.cache.bytes_of(new), written)
-            host.close()
-        slow.close()
 
     def test_too_many_blocks_in_use_say_how_many_must_go_and_change_nothing(self, bench):
         with bench.placed(k=3, k_min=0, mirrors=3) as executor:

@@ -325,6 +325,26 @@ class TestPreemption:
         assert world.ends["last"] is FinishReason.CANCELLED
         assert world.tokens["first"] == expected_tokens(asked("first", tokens=20))
 
+    def test_a_cache_that_is_on_its_way_back_arrives_before_its_blocks_move(self):
+        world = served(COSTLY, SLACK, [8, 18], k=1, host_blocks=20, max_tokens=56)
+        requests = {name: asked(name, prompt=20, tokens=12) for name in ("a", "b")}
+        for each in requests.values():
+            world.engine.submit(each)
+        for _ in range(3):
+            world.step()
+        world.engine.turn(0)
+        (away,), (stays,) = world.scheduler.waiting, world.scheduler.running
+        assert world.host.holds(away)
+        world.engine.turn(1)
+        while not world.scheduler.find(away).coming_back:
+            world.step()
+        before = list(world.executor.blocks.table(away))
+        world.engine.cancel(stays)
+        world.engine.turn(0)
+        assert world.executor.blocks.table(away) != before
+        world.run()
+        assert world.tokens[away] == expected_tokens(requests[away])
+
     def test_so_may_one_whose_cache_is_on_its_way_back(self):
         world = served(COSTLY, SLACK, [8], host_blocks=20)
         for name in ("first", "last"):
