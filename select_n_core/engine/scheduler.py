@@ -181,7 +181,7 @@ class Scheduler:
             arrived_s = min(arrived_s, request.sent_s)
         sequence = Sequence(request, arrived_s, since_s=arrived_s)
         if len(self.waiting) >= self.limits.max_queue + places:
-            queued = sum(not sequence.preempted for sequence in self.waiting.values())
+            queued = sum(not each.preempted for each in self.waiting.values())
             if queued >= self.limits.max_queue + places:
                 self.returned[Reason.QUEUE] += 1
                 raise queue_full(queued, self._fits_in_s(sequence))
