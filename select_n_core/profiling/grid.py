@@ -40,7 +40,8 @@ class Effort:
     def full(cls) -> Effort:
         """Minutes for a small model: 20 repeats of every shape, and a verdict on the fit."""
         return cls(
-            sweeps=5,
+            sweeps=10,  # a shared machine drifts from visit to visit, far more than within one
+            repeats=2,
             batches=(1, 2, 4, 8, 16, 32),
             contexts=(64, 512),
             chunks=(16, 40, 100, 256),
