@@ -43,6 +43,9 @@ from select_n_core.record import (
 __all__ = ["Effort", "Progress", "measure_record"]
 
 _SLOTS = 2
+# Of what is measured once, outside the sweeps; of the visits the least disturbed one counts.
+_VISITS = 3
+_REPEATS = 4
 
 
 def measure_record(
@@ -67,7 +70,7 @@ def measure_record(
         report("transfers", 0.0)
         copies = copies_alone(link, device, memory.unit_bytes, effort.sweeps * effort.repeats)
         report("units that come late", 0.01)
-        late = _late(model, link, device, effort)
+        late = _late(model, link, device, probe_shape(effort))
         found = _measured(model, link, device, effort, copies, report)
     finally:
         link.close()
@@ -126,13 +129,11 @@ def _silent(_what: str, _done: float) -> None:
     return None
 
 
-def _late(model: LoadedModel, link: Link, device: torch.device, effort: Effort) -> _Late:
+def _late(model: LoadedModel, link: Link, device: torch.device, probe: Shape) -> _Late:
     """With a single slot and all units streamed, compute waits for every copy."""
-    probe = probe_shape(effort)
     with placed(model, link, device, [probe], slots=1) as rig:
         idle, stalled = (
-            # Of a few visits the one that was least disturbed.
-            min((rig.run(case, effort.repeats) for _ in range(3)), key=_wall_s)
+            min((rig.run(case, _REPEATS) for _ in range(_VISITS)), key=_wall_s)
             for case in (Case(probe, rig.streaming_k), Case(probe, rig.room.most))
         )
     extra_s = typical(stalled, "streamed_s") - typical(idle, "home_s")
@@ -160,9 +161,9 @@ def _measured(
         beside = [s for s in streamed_shapes(effort, model.max_context) if s in shapes]
         probe = Case(probe_shape(effort), rig.streaming_k)
         report("threads", 0.02)
-        rig.resident_threads = _resident_threads(rig, probe.shape, effort.repeats)
+        rig.resident_threads = _resident_threads(rig, probe.shape)
         report("copies beside compute", 0.03)
-        transfers = copies_beside(rig, probe, copies, effort.repeats)
+        transfers = copies_beside(rig, probe, copies, effort.sweeps * effort.repeats)
         streaming = [Case(shape, rig.streaming_k) for shape in shapes]
         resident = [Case(shape, 0, resident=True) for shape in shapes if not rig.room.least]
         streamed = _streamed(rig, beside, copies[0].alone_s)
@@ -186,14 +187,16 @@ def _measured(
         )
 
 
-def _resident_threads(rig: Rig, shape: Shape, repeats: int) -> int:
+def _resident_threads(rig: Rig, shape: Shape) -> int:
     """All cores are not always faster: layers of a small model are over before they share work."""
     if rig.room.least:
         return compute_threads(1)
     walls_s: dict[int, float] = {}
-    for threads in {1, compute_threads(0)}:
-        rig.resident_threads = threads
-        walls_s[threads] = typical(rig.run(Case(shape, 0, resident=True), 2 * repeats), "wall_s")
+    for _ in range(_VISITS):
+        for threads in {1, compute_threads(0)}:
+            rig.resident_threads = threads
+            wall_s = _wall_s(rig.run(Case(shape, 0, resident=True), _REPEATS))
+            walls_s[threads] = min(wall_s, walls_s.get(threads, wall_s))
     return min(walls_s, key=walls_s.__getitem__)
 
 
