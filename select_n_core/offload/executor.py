@@ -18,6 +18,7 @@ from select_n_core.kv.cache import KVCache
 from select_n_core.kv.pick import AttentionKind, pick_attention
 from select_n_core.kv.upload import upload
 from select_n_core.links.base import Link
+from select_n_core.memory.allocator import keep_freed_memory
 from select_n_core.memory.arena import Arena
 from select_n_core.models.load import LoadedModel
 from select_n_core.offload.capture import GraphRuntime
@@ -104,6 +105,8 @@ class Executor:
                 graphs,
                 placement.graphs,
             )
+        if device.type == "cpu":
+            keep_freed_memory()  # of steps; what loading freed has gone back by now
 
     @property
     def attention(self) -> AttentionKind:
