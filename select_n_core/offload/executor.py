@@ -20,6 +20,7 @@ from select_n_core.kv.upload import upload
 from select_n_core.links.base import Link
 from select_n_core.memory.allocator import keep_freed_memory
 from select_n_core.memory.arena import Arena
+from select_n_core.memory.workspace import keep_workspace
 from select_n_core.models.load import LoadedModel
 from select_n_core.offload.capture import GraphRuntime
 from select_n_core.offload.graphs import DecodeGraphs, DecodeRow, graph_runtime
@@ -95,6 +96,8 @@ class Executor:
         self._attention = pick_attention(
             self.cache, model.kv, model.dtype, device, placement.attention
         )
+        if device.type == "cpu":
+            keep_workspace()
         self._graphs: DecodeGraphs | None = None
         if graphs is not None:
             self._graphs = DecodeGraphs(
