@@ -58,7 +58,7 @@ def build_engine(
         undo.callback(link.close)
         prepared = prepare(config, progress)
         plan = prepared.plan
-        maps = UnitMaps(SharedMaps(), _weights_key(prepared))
+        maps = UnitMaps(SharedMaps(), _weights_key(prepared, device))
         if timeline is None:  # paced memory is never touched
             _wait_for_memory(prepared, device, maps)
         placement = Placement(
@@ -116,13 +116,13 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
     return ()
 
 
-def _weights_key(prepared: Prepared) -> str:
+def _weights_key(prepared: Prepared, device: torch.device) -> str:
     """Names the mirrors that replicas of this model share."""
     if prepared.directory is None:
         said = prepared.record.model_dump_json().encode()
         return f"paced {hashlib.sha256(said).hexdigest()[:24]}"
     config = prepared.config
-    return weights_key(prepared.directory, config.dtype, config.units)
+    return weights_key(prepared.directory, config.dtype, config.units, device)
 
 
 def _wait_for_memory(prepared: Prepared, device: torch.device, maps: UnitMaps) -> None:

@@ -69,6 +69,8 @@ class Executor:
         self._closed = False
         graphs = graphs or graph_runtime(placement.graphs, device)
         self.layout = self._layout()
+        for unit in [*model.units, model.static]:
+            unit.pack(device)
         self.arena = Arena(placement.arena_bytes, device)
         self._mirrors = self._fill_mirrors(maps or PrivateMaps())
         self._homes = self._fill_homes()
