@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-# mallopt's parameters, from malloc.h, and the most that glibc takes for the second.
+# mallopt's parameters, from malloc.h.
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
-_MAPPED_BYTES = 32 << 20
 _KEPT_BYTES = 256 << 20
+_MAPPED_BYTES = 32 << 20  # the most that glibc takes
 
 
 @cache

@@ -69,7 +69,9 @@ class Executor:
         self._closed = False
         graphs = graphs or graph_runtime(placement.graphs, device)
         self.layout = self._layout()
-        for unit in [*model.units, model.static]:
+        # Static tensors stay plain: packing takes a tensor's size again for a moment, and an output
+        # head can be larger than the units that loading has room for.
+        for unit in model.units:
             unit.pack(device)
         self.arena = Arena(placement.arena_bytes, device)
         self._mirrors = self._fill_mirrors(maps or PrivateMaps())
