@@ -8,7 +8,7 @@ from functools import cache
 # mallopt's parameters, from malloc.h.
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
-_KEPT_BYTES = 256 << 20
+_KEPT_BYTES = 64 << 20
 _MAPPED_BYTES = 32 << 20  # the most that glibc takes
 
 
@@ -18,8 +18,10 @@ def keep_workspace() -> None:
 
     Activations of a prompt chunk are larger than what it keeps by default: each would be mapped,
     faulted in page by page and unmapped again, which costs more than a quarter of a chunk's time.
-    What is kept is no more than a forward has used already. C libraries other than glibc have no
-    such setting, and none is made.
+    Whether it keeps them otherwise hangs on the largest block that the process has freed before, so
+    that one that measured a record and one that serves by it would differ in speed. What is kept is
+    at most 64 MiB that a forward has used already. C libraries other than glibc have no such
+    setting, and none is made.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:

@@ -18,7 +18,6 @@ from select_n_core.kv.cache import KVCache
 from select_n_core.kv.pick import AttentionKind, pick_attention
 from select_n_core.kv.upload import upload
 from select_n_core.links.base import Link
-from select_n_core.memory.allocator import keep_freed_memory
 from select_n_core.memory.arena import Arena
 from select_n_core.memory.workspace import keep_workspace
 from select_n_core.models.load import LoadedModel
@@ -100,8 +99,6 @@ class Executor:
         self._attention = pick_attention(
             self.cache, model.kv, model.dtype, device, placement.attention
         )
-        if device.type == "cpu":
-            keep_workspace()
         self._graphs: DecodeGraphs | None = None
         if graphs is not None:
             self._graphs = DecodeGraphs(
@@ -113,7 +110,7 @@ class Executor:
                 placement.graphs,
             )
         if device.type == "cpu":
-            keep_freed_memory()  # of steps; what loading freed has gone back by now
+            keep_workspace()  # of steps; what loading freed has gone back by now
 
     @property
     def attention(self) -> AttentionKind:
