@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -44,6 +44,7 @@ UNCOORDINATED = "flexgen, uncoordinated"
 MEMORY = "256MiB"
 PAPER = 2.9  # Select-N against uncoordinated FlexGen on one bus
 GOALS = {"even": 1.0, "four-to-one": 1.3}
+_SPLITS = [share / 100 for share in range(5, 100, 5)]  # of the bus, for the first replica
 
 
 def measure_bus(arguments: argparse.Namespace, engine: str) -> None:
@@ -96,12 +97,62 @@ def measure_bus(arguments: argparse.Namespace, engine: str) -> None:
         "phase_s": phase_s,
         "pairs": [_pair(result, schedule) for result in found.values()],
         "ratios": _ratios({label: _scores(r, schedule) for label, r in found.items()}),
+        "ceilings": [asdict(each) for each in ceilings(whole, rate_per_s)],
         "saturation": _saturation(found.get(OURS), schedule, whole),
         "provenance": provenance.document(),
     }
     publish("slo_bus", document, as_json=arguments.json, lines=_lines(document, found, schedule))
     if void := [result.void for result in found.values() if result.void]:
         raise SystemExit(f"{len(void)} pairs are void: {void[0]}; run again when it is idle")
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What the planner expects of one phase, were every request typical and every queue endless.
+
+    Attributes:
+        share: of the bus for the first replica, at the best split. best_per_s: requests per second
+            that both serve then, each at the k that is best with its share.
+        halves_per_s: the same of two `flexgen` with half the bus each.
+    """
+
+    phase: str
+    offered_per_s: float
+    share: float
+    best_per_s: float
+    halves_per_s: float
+
+
+def ceilings(whole: Stand, rate_per_s: float) -> tuple[Ceiling, ...]:
+    """A bound for any way to share the bus, phase by phase; `rate_per_s` is one load."""
+    inputs = whole.inputs()
+
+    def served_per_s(share: float, k: int) -> float:
+        transfer_s = inputs.latency.transfer_s / share
+        latency = replace(inputs.latency, transfer_s=transfer_s)
+        there = replace(inputs, latency=latency, forced_k=k, rate_per_s=None)
+        return evaluate(there, k).requests_per_s
+
+    best_per_s = {
+        share: max(served_per_s(share, k) for k in range(inputs.memory.units + 1))
+        for share in _SPLITS
+    }
+    fitted_k = forced_k(
+        Policy.parse("flexgen"), replace(whole, link_share=0.5, rate_per_s=rate_per_s).inputs()
+    )
+    half_per_s = 0.0 if fitted_k is None else served_per_s(0.5, fitted_k)
+    found = []
+    for phase in PHASES:
+        first_per_s, second_per_s = rate_per_s * phase.load, rate_per_s * phase.second_load
+        both_per_s = {
+            share: min(first_per_s, best_per_s[share]) + min(second_per_s, best_per_s[other])
+            for share, other in zip(_SPLITS, reversed(_SPLITS), strict=True)
+        }
+        share = max(both_per_s, key=both_per_s.__getitem__)
+        halves_per_s = min(first_per_s, half_per_s) + min(second_per_s, half_per_s)
+        offered_per_s = first_per_s + second_per_s
+        found.append(Ceiling(phase.name, offered_per_s, share, both_per_s[share], halves_per_s))
+    return tuple(found)
 
 
 def _fitted(stand: Stand) -> str:
@@ -184,6 +235,12 @@ def _lines(document: dict[str, Any], found: dict[str, Result], schedule: Schedul
         )
         goal = f" (goal {GOALS[phase]}x of all but the last)" if phase in GOALS else ""
         lines.append(f"goodput, {phase}: {shown}{goal}; the paper: {PAPER}x of uncoordinated")
+    bounds = ", ".join(
+        f"{each['phase']} {each['best_per_s'] / each['halves_per_s']:.2f}x"
+        for each in document["ceilings"]
+        if each["halves_per_s"]
+    )
+    lines.append(f"the planner's ceiling of any way to share the bus, over {HALVES}: {bounds}")
     if (saturation := document["saturation"]) is not None:
         lines.append(
             f"at saturation {saturation['link_bytes_per_s'] / 1e6:.0f} MB/s over the bus, "
