@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from select_n_core.config import config_error
 from select_n_core.errors import EngineError
+from select_n_core.strict import config_error
 
 # Ray's switch for machines whose nodes cannot form a cluster: the node's address is then
 # 127.0.0.1, which as an explicit address Ray would rewrite to one reachable from outside.
