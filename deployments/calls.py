@@ -126,11 +126,18 @@ Chunk = Accepted | Delta | Failure
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A replica as others see it, at one moment."""
+    """A replica as others see it, at one moment.
+
+    Attributes:
+        node: of the cluster, on which it runs.
+        measured_at_s: time of day (`time.time()`) at which `stats` held.
+    """
 
     replica: str
     info: EngineInfo
     stats: EngineStats
+    node: str = ""
+    measured_at_s: float = 0.0
 
 
 class Backend(Protocol):

@@ -7,6 +7,7 @@ strings, and closes the engine's iterator whenever a client stops listening.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
@@ -57,12 +58,21 @@ class Replica:
         client: a started engine's.
         info: what starting it returned.
         slo: what the model promises.
+        node: of the cluster, for reports.
     """
 
     def __init__(
-        self, name: str, codec: TextCodec, client: EngineClient, info: EngineInfo, slo: SLO
+        self,
+        name: str,
+        codec: TextCodec,
+        client: EngineClient,
+        info: EngineInfo,
+        slo: SLO,
+        *,
+        node: str = "",
     ) -> None:
         self._name = name
+        self._node = node
         self._codec = codec
         self._client = client
         self._info = info
@@ -186,7 +196,10 @@ class Replica:
 
     def report(self) -> Report:
         """This replica's facts and the last step's statistics."""
-        return Report(replica=self._name, info=self._info, stats=self._client.stats())
+        stats = self._client.stats()
+        # Without a call the engine has nothing to do, and what it said last still holds.
+        measured_at_s = stats.measured_at_s if self._live else time.time()
+        return Report(self._name, self._info, stats, self._node, measured_at_s)
 
     def check_health(self) -> None:
         """Raise EngineError when the engine no longer turns; a drained replica is well."""

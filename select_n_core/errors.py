@@ -119,6 +119,12 @@ class HostMemoryError(SelectNError):
     code = "host_memory"
 
 
+class UnavailableError(SelectNError):
+    """A part of the cluster does not answer, or is not there; it may be later."""
+
+    code = "unavailable"
+
+
 class EngineError(SelectNError):
     """The engine failed while serving a request, or is no longer running."""
 

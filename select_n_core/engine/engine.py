@@ -179,6 +179,7 @@ class Engine:
         executor, scheduler, now_s = self.executor, self.scheduler, self._clock()
         counters = executor.link.counters
         return EngineStats(
+            measured_at_s=time.time(),
             k=executor.k,
             interval=interval_of_k(executor.k, executor.memory.units),
             mirrored=executor.m,

@@ -126,6 +126,7 @@ class EngineStats:
     """A step's view of the engine, for reports and autoscaling.
 
     Attributes:
+        measured_at_s: the time of day (`time.time()`) at which all of it held.
         k, interval: units streamed now and N = L/k.
         mirrored, cap: units mirrored, and the most that the lease allows to stream.
         host_bytes, lease_bytes: what the mirrors take, and what they may.
@@ -143,6 +144,7 @@ class EngineStats:
         admitted: requests let in since start. returned: those that were not, by reason.
     """
 
+    measured_at_s: float = 0.0
     k: int = 0
     interval: float | None = None
     mirrored: int = 0
@@ -191,6 +193,7 @@ class EngineInfo:
 
     Attributes:
         plan_line: what was requested, pinned and predicted, for people.
+        k_min: the fewest units that can be streamed in this arena.
         max_tokens: the most prompt plus output tokens one request may have.
         device_bytes: the arena, exactly. host_bytes: mirrors and host KV blocks, exactly.
         compute_kind: `real`, or `paced`: held to a record's times.
@@ -211,6 +214,7 @@ class EngineInfo:
     link_bytes_per_s: float
     eos_token_ids: tuple[int, ...] = ()
     compute_kind: str = "real"
+    k_min: int = 0
 
 
 @dataclass(frozen=True, slots=True)
