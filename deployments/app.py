@@ -7,12 +7,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 from deployments.backend import HandleBackend
+from deployments.control.cache import SnapshotCache
+from deployments.control.messages import ReplicaReport
+from deployments.control.remote import RemoteController
+from deployments.control.reporter import Reporter
 from deployments.http.api import create_api
 from deployments.http.live import LiveRequests
 from deployments.naming import INGRESS, deployment_name
@@ -58,9 +63,14 @@ class ReplicaDeployment(Replica):
         )
         codec, client = await load(model)
         info = await client.start()
-        super().__init__(name, codec, client, info, model.slo.targets())
+        node = ray.get_runtime_context().get_node_id()
+        super().__init__(name, codec, client, info, model.slo.targets(), node=node)
         telemetry.observe(self.report)
         self._telemetry = telemetry
+        reporter = Reporter(
+            lambda sequence: ReplicaReport.of(self.report(), model, sequence), RemoteController()
+        )
+        self._reporting = asyncio.create_task(reporter.run())
 
     async def drain(self, grace_s: float) -> None:
         """See `Replica.drain`; then the last metrics leave."""
@@ -70,7 +80,8 @@ class ReplicaDeployment(Replica):
     async def __del__(self) -> None:
         # Ray Serve awaits this once its streams are done; without it the engine process would
         # only notice its parent's death.
-        if hasattr(self, "_telemetry"):  # else it never started
+        if hasattr(self, "_reporting"):  # else it never started
+            self._reporting.cancel()
             await self.close()
             await self._telemetry.close()
 
@@ -82,6 +93,7 @@ class IngressDeployment:
         self._handles = handles
         self._args = args
         self._live = LiveRequests()
+        self._cluster = SnapshotCache(RemoteController())
         name = serve.get_replica_context().replica_id.unique_id
         self._telemetry = Telemetry.open("ingress", {"select_n.replica": name})
 
@@ -97,7 +109,9 @@ class IngressDeployment:
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(self._cluster.run())
         yield
+        watching.cancel()
         await self._telemetry.close()
 
     async def settle(self, timeout_s: float) -> None:

@@ -1,0 +1,54 @@
+"""An ingress' end: the latest snapshot in memory, kept fresh by one long poll."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from deployments.control.backoff import Backoff
+from deployments.control.messages import Controller, Snapshot
+
+_POLL_S = 10.0
+_GAP_S = 0.03  # between two polls: reports that come meanwhile arrive together
+
+
+class SnapshotCache:
+    """The cluster as last heard of; whoever decides reads it and never waits.
+
+    While the controller is gone the last snapshot stays, and `age_s` grows.
+
+    Args:
+        controller: it may be absent or down for any time.
+    """
+
+    def __init__(
+        self, controller: Controller, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._controller = controller
+        self._clock = clock
+        self._snapshot: Snapshot | None = None
+        self._heard_s = 0.0
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The latest one; None while no controller was ever heard."""
+        return self._snapshot
+
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since the controller was last heard; None while it never was."""
+        return None if self._snapshot is None else self._clock() - self._heard_s
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        backoff = Backoff("snapshots")
+        while True:
+            before = self._snapshot or Snapshot(0, 0)
+            try:
+                self._snapshot = before.after(await self._controller.watch(before.known, _POLL_S))
+                self._heard_s = self._clock()
+                backoff.worked()
+            except Exception as error:
+                await asyncio.sleep(backoff.failed(error))
+            await asyncio.sleep(_GAP_S)
