@@ -101,6 +101,7 @@ class IngressDeployment:
         api = create_api(
             {name: HandleBackend(handle, name) for name, handle in self._handles.items()},
             self._args,
+            cluster=self._cluster,
             sinks=self._telemetry.sinks(),
             lifespan=self._lifespan,
         )

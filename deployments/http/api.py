@@ -1,4 +1,4 @@
-"""The ingress' routes: OpenAI's chat, completions and models; health and metrics."""
+"""The ingress' routes: OpenAI's chat, completions and models; health, metrics, the cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from deployments.calls import Backend, Delta, Failure
+from deployments.calls import Backend, Delta, Failure, Report
+from deployments.control.cache import SnapshotCache
+from deployments.control.messages import ReplicaReport, Snapshot
+from deployments.control.view import cluster_document
 from deployments.http import errors
 from deployments.http.answer import Answer
 from deployments.http.dialect import ChatDialect, CompletionDialect, Dialect
@@ -35,12 +38,14 @@ def create_api(
     backends: Mapping[str, Backend],
     args: ServeArgs,
     *,
+    cluster: SnapshotCache | None = None,
     sinks: Sequence[Sink] = (),
     lifespan: Lifespan | None = None,
 ) -> FastAPI:
     """The ASGI application that serves `backends`, one per model of `args`.
 
     Args:
+        cluster: what the controller says, where there is one.
         sinks: told of every measurement, besides Prometheus.
         lifespan: entered when the server starts, left when it ends.
     """
@@ -48,7 +53,7 @@ def create_api(
     # without asking first.
     api = FastAPI(title="select-n", strict_content_type=True, lifespan=lifespan)
     errors.install(api)
-    ingress = _Ingress(backends, args, sinks)
+    ingress = _Ingress(backends, args, cluster, sinks)
     api.post("/v1/chat/completions")(ingress.chat)
     api.post("/v1/completions")(ingress.complete)
     api.get("/v1/models")(ingress.models)
@@ -56,6 +61,7 @@ def create_api(
     api.get("/v1/models/{model:path}")(ingress.model)
     api.get("/health")(ingress.health)
     api.get("/metrics")(ingress.metrics)
+    api.get("/cluster")(ingress.cluster)
     return api
 
 
@@ -83,9 +89,15 @@ class _Ingress:
     """The endpoints' state: the models, and what was measured."""
 
     def __init__(
-        self, backends: Mapping[str, Backend], args: ServeArgs, sinks: Sequence[Sink]
+        self,
+        backends: Mapping[str, Backend],
+        args: ServeArgs,
+        cluster: SnapshotCache | None,
+        sinks: Sequence[Sink],
     ) -> None:
         self._backends = backends
+        self._models = args.models
+        self._cluster = cluster
         self._stream_timeout_s = args.stream_timeout
         self._slos = {model.name: model.slo.targets() for model in args.models}
         self._metrics = IngressMetrics(self._slos, sinks)
@@ -125,11 +137,28 @@ class _Ingress:
 
     async def metrics(self) -> Response:
         """Prometheus metrics of this ingress and of every replica."""
+        return Response(self._metrics.page(await self._reports()), media_type=CONTENT_TYPE_LATEST)
+
+    async def cluster(self) -> dict[str, Any]:
+        """Nodes and replicas as the controller knows them; without one, as the replicas say."""
+        snapshot = None if self._cluster is None else self._cluster.snapshot
+        if self._cluster is not None and snapshot is not None:
+            age_s = self._cluster.age_s
+            return cluster_document(snapshot, age_s=age_s, now_s=time.time())
+        said = await self._reports()
+        replicas = {
+            report.replica: ReplicaReport.of(report, model)
+            for model in self._models
+            for report in said[model.name]
+        }
+        return cluster_document(Snapshot(0, 0, replicas=replicas), age_s=None, now_s=time.time())
+
+    async def _reports(self) -> dict[str, list[Report]]:
+        """What every replica says of itself, by its model."""
         reports = await asyncio.gather(
             *(backend.reports(_PROBE_TIMEOUT_S) for backend in self._backends.values())
         )
-        page = self._metrics.page(dict(zip(self._backends, reports, strict=True)))
-        return Response(page, media_type=CONTENT_TYPE_LATEST)
+        return dict(zip(self._backends, reports, strict=True))
 
     def _card(self, model: str) -> dict[str, Any]:
         return {"id": model, "object": "model", "created": self._created, "owned_by": "select-n"}
