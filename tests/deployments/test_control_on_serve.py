@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 
 import pytest
 import served
@@ -100,11 +100,7 @@ async def test_a_poll_without_news_ends_by_itself(control):
 
 async def test_a_replica_is_in_the_snapshot_with_what_it_is(backend):
     async with watching() as cache:
-
-        async def is_there() -> bool:
-            return bool(cache.snapshot and _replicas(cache))
-
-        await soon(is_there)
+        await hears_replicas(cache, 1)
         [replica] = _replicas(cache)
         assert replica.node
         assert replica.units == 30
@@ -146,41 +142,69 @@ async def test_a_policy_changes_without_a_restart(serve_on_ray, control):
         assert cache.snapshot.epoch == epoch
 
 
-async def test_a_killed_controller_costs_no_request_and_comes_back_with_a_higher_epoch(backend):
+@asynccontextmanager
+async def calling(backend):
+    """Three clients that send one request after the other; yields how each of them ended."""
+    ended: list = []
+    enough = asyncio.Event()
+
+    async def client(number: int) -> None:
+        while not enough.is_set():
+            call = Call(f"{number}-{len(ended)}", "Hi", max_tokens=5)
+            ended.append([chunk async for chunk in backend.generate(call)][-1])
+
+    clients = [asyncio.create_task(client(number)) for number in range(3)]
+    yield ended
+    enough.set()
+    await asyncio.gather(*clients)
+
+
+def kill_controller() -> bool:
+    """Whether there was one."""
     import ray
     from ray.util import list_named_actors
 
+    names = [each["name"] for each in list_named_actors(all_namespaces=True)]
+    living = [name for name in names if f"{CONTROL_APPLICATION}#{CONTROLLER}" in name]
+    for name in living:
+        with suppress(ValueError):  # it ended by itself meanwhile
+            ray.kill(ray.get_actor(name, namespace="serve"))
+    return bool(living)
+
+
+async def hears_replicas(cache: SnapshotCache, epoch: int) -> None:
+    async def is_told() -> bool:
+        return bool(cache.snapshot and cache.snapshot.epoch >= epoch and _replicas(cache))
+
+    await soon(is_told, 60)
+
+
+async def test_a_killed_controller_costs_no_request_and_comes_back_with_a_higher_epoch(backend):
     async with watching() as cache:
-
-        async def is_there() -> bool:
-            return bool(cache.snapshot and _replicas(cache))
-
-        await soon(is_there)
+        await hears_replicas(cache, 1)
         before = cache.snapshot.epoch
-        ended: list = []
-        enough = asyncio.Event()
+        async with calling(backend) as ended:
+            assert kill_controller()
+            await hears_replicas(cache, before + 1)
+    assert ended
+    assert [chunk for chunk in ended if isinstance(chunk, Failure)] == []
 
-        async def client(number: int) -> None:
-            while not enough.is_set():
-                call = Call(f"{number}-{len(ended)}", "Hi", max_tokens=5)
-                ended.append([chunk async for chunk in backend.generate(call)][-1])
 
-        clients = [asyncio.create_task(client(number)) for number in range(3)]
-        [name] = [
-            each["name"]
-            for each in list_named_actors(all_namespaces=True)
-            if f"{CONTROL_APPLICATION}#{CONTROLLER}" in each["name"]
-        ]
-        ray.kill(ray.get_actor(name, namespace="serve"))
-
-        async def is_back() -> bool:
-            return cache.snapshot.epoch > before and bool(_replicas(cache))
-
-        await soon(is_back, 60)
-        enough.set()
-        await asyncio.gather(*clients)
-        assert ended
-        assert [chunk for chunk in ended if isinstance(chunk, Failure)] == []
+@pytest.mark.chaos
+async def test_a_controller_that_is_kept_down_for_30_s_costs_no_request(backend):
+    async with watching() as cache:
+        await hears_replicas(cache, 1)
+        before = cache.snapshot
+        async with calling(backend) as ended:
+            kills, end_s = 0, time.monotonic() + 30
+            while time.monotonic() < end_s:
+                kills += await asyncio.to_thread(kill_controller)
+                await asyncio.sleep(0.05)
+            assert kills > 1
+            assert cache.snapshot.replicas  # the last that was heard of them
+            await hears_replicas(cache, before.epoch + 1)
+    assert ended
+    assert [chunk for chunk in ended if isinstance(chunk, Failure)] == []
 
 
 def _replicas(cache: SnapshotCache) -> list:
