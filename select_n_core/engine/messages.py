@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -74,8 +75,13 @@ class Request:
         id: unique among live requests.
         prompt: token ids, at least one.
         tenant: opaque; requests of one tenant share its fair share.
-        priority: its class; a larger one is served first, within its tenant's share.
+        weight: of the tenant's share, against those of others; the latest one holds.
+        slo_class: opaque; requests of one class share its part of the queue.
+        priority: a larger one is served first, within its tenant's share.
         deadline_s: its first token is due so long after its arrival; None follows the SLO.
+        tpot_s: per output token after the first; None, or less than the SLO's, is the SLO's.
+        max_wait_s: to be let in; None follows the SLO.
+        max_queue: new requests of its class that may wait; None is as many as of all classes.
         sent_s: when it arrived, by the machine's monotonic clock; None is when the engine reads it.
     """
 
@@ -83,15 +89,22 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     tenant: str = ""
+    weight: float = 1.0
+    slo_class: str = ""
     priority: int = 0
     deadline_s: float | None = None
+    tpot_s: float | None = None
+    max_wait_s: float | None = None
+    max_queue: int | None = None
     sent_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.deadline_s is not None and not self.deadline_s >= 0:
-            raise InputError(
-                f"deadline_s must not be negative, got {self.deadline_s}", field="deadline_s"
-            )
+        if not 0 < self.weight < math.inf:
+            raise InputError(f"weight must be above zero, got {self.weight}", field="weight")
+        for name in ("deadline_s", "tpot_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} must be above zero, got {value}", field=name)
 
 
 @dataclass(frozen=True, slots=True)
