@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import cast
 
 from deployments.calls import (
+    DEFAULT_MAX_TOKENS,
     Accepted,
     Call,
     Chunk,
@@ -36,10 +37,6 @@ from select_n_core.engine.messages import (
 from select_n_core.engine.text import TextCodec, TextStream
 from select_n_core.errors import ContextLengthError, EngineError, InputError, SelectNError
 from select_n_core.slo import SLO
-
-# The engine reserves KV for prompt plus max_tokens, so a request that names no limit must not
-# take the whole context.
-DEFAULT_MAX_TOKENS = 256
 
 _LAST_CHUNKS_S = 1.0
 
@@ -149,10 +146,19 @@ class Replica:
             )
         wished = {name: value for name, value in asdict(call.sampling).items() if value is not None}
         chosen = {"temperature": 1.0} | dict(self._codec.sampling_defaults) | wished
+        terms, slo = call.terms, call.terms.slo
         return Request(
             id=call.id,
             prompt=prompt,
             sampling=SamplingParams(max_tokens=max_tokens, **chosen),
+            tenant=terms.tenant,
+            weight=terms.weight,
+            slo_class=terms.slo_class,
+            priority=terms.priority,
+            deadline_s=None if slo is None else slo.ttft_s,
+            tpot_s=None if slo is None else slo.tpot_s,
+            max_wait_s=None if slo is None else slo.longest_wait_s,
+            max_queue=terms.max_queue,
         )
 
     def _check_ids(self, prompt: Sequence[int], field: str) -> None:

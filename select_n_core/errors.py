@@ -95,6 +95,34 @@ class OverloadedError(SelectNError):
         self.code = f"{type(self).code}_{reason}"
 
 
+class AuthenticationError(SelectNError):
+    """Nobody knows who sends this request."""
+
+    code = "invalid_api_key"
+
+
+class ForbiddenError(SelectNError):
+    """The sender is known, and may not do this."""
+
+    code = "insufficient_permissions"
+
+
+class AccessUnknownError(SelectNError):
+    """Who may come in cannot be told now."""
+
+    code = "unavailable"
+
+
+class QuotaError(SelectNError):
+    """A tenant asks for more than its quota; None: it may never ask for so much at once."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class LinkError(SelectNError):
     """A copy between host and device failed or cannot be made."""
 
