@@ -211,6 +211,18 @@ def generate_command(
     emit(result, [result["text"], "", result["plan"]], as_json=as_json)
 
 
+@commands.command("key")
+def key_command(
+    tenant: Annotated[str, typer.Argument(help="Whose it is to be, as the configuration has it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make an API key: the key for the tenant, and the line with its hash for the keys_file."""
+    from deployments.cli.keys import make_key
+
+    made = make_key(tenant)
+    emit(made, [made["key"], made["line"]], as_json=as_json)
+
+
 @commands.command("render-k8s")
 def render_command(
     config: Config,

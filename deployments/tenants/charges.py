@@ -13,6 +13,7 @@ from deployments.tenants.quota import MINUTE_S, Bucket, filled, part_of, taken, 
 from select_n_core.errors import QuotaError
 from select_n_core.live import TenantConfig
 
+_MEMORY_S = 15.0  # of what was asked for: a burst at one ingress gets its part within seconds
 _BYTES_PER_TOKEN = 4  # of text nobody has tokenised yet; what it was is known at the end
 
 
@@ -59,12 +60,12 @@ class _Meter:
 
     def ask(self, amount: float, now_s: float) -> None:
         """Somebody wants `amount`."""
-        self._asked = self.asked(now_s) + amount
+        self._asked = self.asked(now_s) + amount * MINUTE_S / _MEMORY_S
         self._asked_s = now_s
 
     def asked(self, now_s: float) -> float:
-        """Per minute; it is forgotten over a minute."""
-        return self._asked * math.exp((self._asked_s - now_s) / MINUTE_S)
+        """Per minute, lately."""
+        return self._asked * math.exp((self._asked_s - now_s) / _MEMORY_S)
 
     def wait_s(self, amount: float, part: float, now_s: float) -> float:
         """Until `amount` may be taken."""
