@@ -1,7 +1,7 @@
 """On which terms a request is served: its tenant's class, and what its headers ask for below it.
 
 A header never gives more than the class: of another class, or of times, only what is no better than
-the tenant's own counts.
+the tenant's own counts. How many may wait is a class' own, whoever asks for it.
 """
 
 from __future__ import annotations
@@ -51,9 +51,13 @@ def terms_of(caller: Caller, headers: Mapping[str, str], own: SLO) -> Terms:
     level = _Level(own, 0, None) if name is None else _level(policy.classes[name], own)
     asked = headers.get(CLASS_HEADER)
     if asked is not None:
-        name, level = asked, _lower(level, _level(_class_of(asked, policy), own))
+        other = _level(_class_of(asked, policy), own)
+        if _is_no_better(other, level):
+            name, level = asked, other
+        else:  # it stays in the queue of its own class: the other one is not its to fill
+            level = _worse(level, other)
     ttft_s, tpot_s = _time(headers, TTFT_HEADER), _time(headers, TPOT_HEADER)
-    if name is None and ttft_s is None and tpot_s is None:
+    if name is None and asked is None and ttft_s is None and tpot_s is None:
         return who  # the model's own targets, as the replica has them
     slo = SLO(
         tpot_s=max(level.slo.tpot_s, tpot_s or 0.0),
@@ -85,18 +89,22 @@ def _level(given: ClassConfig, own: SLO) -> _Level:
     return _Level(slo, given.priority, given.max_queue)
 
 
-def _lower(one: _Level, other: _Level) -> _Level:
-    """What is the worse of the two in each respect; one waits as the other's requests do."""
-    queues = [each.max_queue for each in (one, other) if each.max_queue is not None]
-    return _Level(
-        SLO(
-            tpot_s=max(one.slo.tpot_s, other.slo.tpot_s),
-            ttft_s=max(one.slo.ttft_s, other.slo.ttft_s),
-            max_wait_s=other.slo.max_wait_s,
-        ),
-        min(one.priority, other.priority),
-        min(queues, default=None),
+def _is_no_better(one: _Level, other: _Level) -> bool:
+    return (
+        one.slo.tpot_s >= other.slo.tpot_s
+        and one.slo.ttft_s >= other.slo.ttft_s
+        and one.priority <= other.priority
     )
+
+
+def _worse(own: _Level, other: _Level) -> _Level:
+    """The worse of the two in each respect; it waits as the other class does."""
+    slo = SLO(
+        tpot_s=max(own.slo.tpot_s, other.slo.tpot_s),
+        ttft_s=max(own.slo.ttft_s, other.slo.ttft_s),
+        max_wait_s=other.slo.max_wait_s,
+    )
+    return _Level(slo, min(own.priority, other.priority), own.max_queue)
 
 
 def _time(headers: Mapping[str, str], name: str) -> float | None:

@@ -76,12 +76,6 @@ class Sequence:
         """Prompt and output at most."""
         return self.prompt_tokens + self.request.sampling.max_tokens
 
-    def slack_s(self, now_s: float) -> float:
-        """Seconds until its next token is due: the first by TTFT, then one per TPOT."""
-        if self.first_token_s is not None:
-            return self.first_token_s + self.aim.tpot_s * self.output_tokens - now_s
-        return self.arrived_s + self.aim.ttft_s - now_s
-
     def charge(self, tokens: int) -> float:
         """Weighted tokens up to `tokens` in all that its tenant was not charged for yet."""
         begin, end, prompt = self.charged, min(tokens, self.most_tokens), self.prompt_tokens

@@ -66,15 +66,16 @@ def test_a_header_may_lower_the_class():
 
 def test_a_header_never_raises_it():
     raised = terms("plain", CLASS="gold", TTFT="1ms", TPOT="1us")
-    assert (raised.priority, raised.max_queue) == (0, 8)
-    assert raised.slo == SLO(0.2, 3.0, 0.3)
+    assert (raised.priority, raised.slo) == (0, SLO(0.2, 3.0, 0.3))
+    # Those of its own class wait with it: it takes no place of the other's.
+    assert (raised.slo_class, raised.max_queue) == ("plain", 8)
 
 
 def test_headers_lower_the_models_own_targets_too():
     assert terms(TTFT="4s").slo == SLO(0.1, 4.0)
     assert terms(TTFT="1ms").slo == SLO(0.1, 2.0)
     assert terms(CLASS="gold").slo == SLO(0.1, 2.0, 0.3)
-    assert terms(CLASS="gold").priority == 0
+    assert (terms(CLASS="gold").priority, terms(CLASS="gold").slo_class) == (0, "")
 
 
 @given(
@@ -91,9 +92,9 @@ def test_no_headers_make_anything_better(own_class, asked, ttft_ms, tpot_ms):
     assert (lowered.slo or OWN).ttft_s >= (plain.slo or OWN).ttft_s
     assert lowered.priority <= plain.priority
     assert (lowered.tenant, lowered.weight) == (plain.tenant, plain.weight)
-    if plain.max_queue is not None:
-        assert lowered.max_queue is not None
-        assert lowered.max_queue <= plain.max_queue
+    if lowered.slo_class != plain.slo_class:
+        chosen = policy().classes[lowered.slo_class]
+        assert (chosen.priority, lowered.max_queue) == (lowered.priority, chosen.max_queue)
 
 
 @pytest.mark.parametrize(
