@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.backend import HandleBackend
 from deployments.control.cache import SnapshotCache
 from deployments.control.messages import ReplicaReport
+from deployments.control.policy import HeardPolicy
 from deployments.control.remote import RemoteController
 from deployments.control.reporter import Reporter
 from deployments.http.api import create_api
@@ -94,6 +95,7 @@ class IngressDeployment:
         self._args = args
         self._live = LiveRequests()
         self._cluster = SnapshotCache(RemoteController())
+        self._policy = HeardPolicy(self._cluster)
         name = serve.get_replica_context().replica_id.unique_id
         self._telemetry = Telemetry.open("ingress", {"select_n.replica": name})
 
@@ -102,6 +104,7 @@ class IngressDeployment:
             {name: HandleBackend(handle, name) for name, handle in self._handles.items()},
             self._args,
             cluster=self._cluster,
+            policy=self._policy,
             sinks=self._telemetry.sinks(),
             lifespan=self._lifespan,
         )
@@ -110,6 +113,7 @@ class IngressDeployment:
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        await self._policy.find_out()
         watching = asyncio.create_task(self._cluster.run())
         yield
         watching.cancel()

@@ -107,12 +107,6 @@ class ForbiddenError(SelectNError):
     code = "insufficient_permissions"
 
 
-class AccessUnknownError(SelectNError):
-    """Who may come in cannot be told now."""
-
-    code = "unavailable"
-
-
 class QuotaError(SelectNError):
     """A tenant asks for more than its quota; None: it may never ask for so much at once."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from deployments.tenants.keys import KeyFile
-from select_n_core.errors import AccessUnknownError, AuthenticationError
+from select_n_core.errors import AuthenticationError, UnavailableError
 from select_n_core.live import LivePolicy, TenantConfig
 
 # As of now; it costs nothing to ask again. None: there is a policy, and it is not known yet.
@@ -61,7 +61,7 @@ class Gate:
 
         Raises:
             AuthenticationError: no key, or a strange one.
-            AccessUnknownError: nobody can tell now.
+            UnavailableError: nobody can tell now.
         """
         policy = self._latest()
         if not policy.tenants:
@@ -83,7 +83,7 @@ class Gate:
     def _latest(self) -> LivePolicy:
         policy = self._source()
         if policy is None:
-            raise AccessUnknownError("who may come in is not known yet; send the request again")
+            raise UnavailableError("who may come in is not known yet; send the request again")
         if policy is not self._policy:
             self._policy = policy
             self._tenants = {tenant.name: tenant for tenant in policy.tenants}

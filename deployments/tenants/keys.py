@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from select_n_core.errors import AccessUnknownError, ConfigError
+from select_n_core.errors import ConfigError, UnavailableError
 
 _log = logging.getLogger(__name__)
 
@@ -79,11 +79,11 @@ class KeyFile:
         """The name that the file at `path` gives to whoever holds `key`; None for a strange one.
 
         Raises:
-            AccessUnknownError: no such file could be read so far.
+            UnavailableError: no such file could be read so far.
         """
         self._refresh(path)
         if self._tenants is None:
-            raise AccessUnknownError("API keys cannot be checked now; send the request again")
+            raise UnavailableError("API keys cannot be checked now; send the request again")
         return self._tenants.get(self._blinded(hash_of(key)))
 
     def _refresh(self, path: str) -> None:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from deployments.tenants.keys import KeyFile, hash_of, new_key, read_keys
-from select_n_core.errors import AccessUnknownError, ConfigError
+from select_n_core.errors import ConfigError, UnavailableError
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_without_a_good_file_nobody_can_be_told_apart(path, text):
         write(path, text)
     keys = KeyFile()
     for _ in range(2):
-        with pytest.raises(AccessUnknownError):
+        with pytest.raises(UnavailableError):
             keys.tenant_of("k", path)
     write(path, line("k", "acme"))
     assert keys.tenant_of("k", path) == "acme"

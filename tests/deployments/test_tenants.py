@@ -109,8 +109,16 @@ class TestKeys:
         assert httpx.get(f"{two.url}/v1/models", headers=headers).status_code == 200
 
     def test_health_stays_open(self, two):
-        assert two.client(None).http.get("/health").status_code == 200
+        assert two.client(None).http.get("/health").json() == {"status": "ok"}
+        assert two.client("sk-zeta").http.get("/health").json() == {"status": "ok"}
+        assert MODEL in two.client("sk-acme").http.get("/health").text
         error_of(two.client(None).http.get("/health/"), 401)
+
+    def test_ill_health_names_no_model_to_strangers(self, two):
+        two.engine.health = EngineError("the engine died")
+        error = error_of(two.client(None).http.get("/health"), 503)
+        assert error["message"] == "not every model answers"
+        assert MODEL in error_of(two.client("sk-acme").http.get("/health"), 503)["message"]
 
     def test_the_openai_client_raises_its_own_error(self, two):
         with pytest.raises(openai.AuthenticationError) as caught:
