@@ -18,7 +18,7 @@ from deployments.control.cache import SnapshotCache
 from deployments.control.messages import ReplicaReport
 from deployments.control.policy import HeardPolicy
 from deployments.control.remote import RemoteController
-from deployments.control.reporter import Reporter
+from deployments.control.reporter import reporter_of_replica
 from deployments.http.api import create_api
 from deployments.http.live import LiveRequests
 from deployments.naming import INGRESS, deployment_name
@@ -68,7 +68,7 @@ class ReplicaDeployment(Replica):
         super().__init__(name, codec, client, info, model.slo.targets(), node=node)
         telemetry.observe(self.report)
         self._telemetry = telemetry
-        reporter = Reporter(
+        reporter = reporter_of_replica(
             lambda sequence: ReplicaReport.of(self.report(), model, sequence), RemoteController()
         )
         self._reporting = asyncio.create_task(reporter.run())

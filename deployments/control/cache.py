@@ -40,6 +40,16 @@ class SnapshotCache:
         """Seconds since the controller was last heard; None while it never was."""
         return None if self._snapshot is None else self._clock() - self._heard_s
 
+    def demands(self, tenant: str, *, but: str) -> list[tuple[float, float]]:
+        """What every ingress but one was asked for in a tenant's name; see `IngressReport`."""
+        if self._snapshot is None:
+            return []
+        return [
+            each.demands[tenant]
+            for name, each in self._snapshot.ingresses.items()
+            if name != but and tenant in each.demands
+        ]
+
     async def run(self) -> None:
         """Watch until cancelled."""
         backoff = Backoff("snapshots")

@@ -6,10 +6,10 @@ Times of day are `time.time()` of the machine that measured, so nodes need a com
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
-from deployments.calls import Report
+from deployments import calls
 from select_n_core.config import ModelConfig
 from select_n_core.live import LivePolicy
 
@@ -61,7 +61,7 @@ class ReplicaReport:
     ttft_headroom: float | None
 
     @classmethod
-    def of(cls, report: Report, model: ModelConfig, sequence: int = 0) -> ReplicaReport:
+    def of(cls, report: calls.Report, model: ModelConfig, sequence: int = 0) -> ReplicaReport:
         """What the cluster needs of a replica's own report."""
         info, stats = report.info, report.stats
         return cls(
@@ -93,6 +93,11 @@ class ReplicaReport:
         )
 
     @property
+    def name(self) -> str:
+        """Who reports."""
+        return self.replica
+
+    @property
     def interval(self) -> float | None:
         """N: one in every N units is streamed; None when none is."""
         return self.units / self.k if self.k else None
@@ -121,6 +126,31 @@ class ReplicaReport:
 
 
 @dataclass(frozen=True, slots=True)
+class IngressReport:
+    """What one ingress was asked for, so that the others know which part of a quota is theirs.
+
+    Attributes:
+        sequence: grows with every report of the ingress.
+        measured_at_s: time of day at which it held.
+        demands: by tenant, requests and tokens per minute lately, let in or not.
+    """
+
+    ingress: str
+    sequence: int
+    measured_at_s: float
+    demands: Mapping[str, tuple[float, float]]
+
+    @property
+    def name(self) -> str:
+        """Who reports."""
+        return self.ingress
+
+
+Report = ReplicaReport | IngressReport
+R = TypeVar("R", ReplicaReport, IngressReport)
+
+
+@dataclass(frozen=True, slots=True)
 class ReportBatch:
     """Reports of one sender.
 
@@ -129,7 +159,7 @@ class ReportBatch:
     """
 
     epoch: int
-    reports: tuple[ReplicaReport, ...]
+    reports: tuple[Report, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +167,7 @@ class Receipt:
     """The controller's answer to a batch.
 
     Attributes:
-        refused: replicas whose report was older than the one known; all of a batch that knows of
+        refused: the senders whose report was older than the one known; all of a batch that knows of
             a later controller.
     """
 
@@ -159,7 +189,7 @@ class Changes:
     """From a version that the watcher had to a later one, or everything.
 
     Attributes:
-        whole: replicas that are not among `reports` are gone; else those in `gone` are.
+        whole: who is not among `reports` is gone; else those in `gone` are.
         policy: None where it has not changed, or where there never was one; `policy_version` tells.
     """
 
@@ -168,7 +198,7 @@ class Changes:
     whole: bool
     policy_version: int
     policy: LivePolicy | None = None
-    reports: tuple[ReplicaReport, ...] = ()
+    reports: tuple[Report, ...] = ()
     gone: tuple[str, ...] = ()
 
 
@@ -180,7 +210,7 @@ class Snapshot:
         epoch: of the controller; a later one's is higher.
         version: within the epoch.
         policy_version: within the epoch; 0 while there is no policy.
-        replicas: the last report of every live one, by its name.
+        replicas, ingresses: the last report of every live one, by its name.
     """
 
     epoch: int
@@ -188,6 +218,7 @@ class Snapshot:
     policy_version: int = 0
     policy: LivePolicy | None = None
     replicas: Mapping[str, ReplicaReport] = field(default_factory=dict)
+    ingresses: Mapping[str, IngressReport] = field(default_factory=dict)
 
     @property
     def known(self) -> Known:
@@ -201,20 +232,21 @@ class Snapshot:
         """
         if (changes.epoch, changes.version) < (self.epoch, self.version):
             return self
-        fresh = {report.replica: report for report in changes.reports}
-        if changes.whole:
-            return Snapshot(
-                changes.epoch, changes.version, changes.policy_version, changes.policy, fresh
-            )
-        kept = {name: each for name, each in self.replicas.items() if name not in changes.gone}
-        policy = self.policy if changes.policy is None else changes.policy
-        return replace(
-            self,
-            version=changes.version,
-            policy_version=changes.policy_version,
-            policy=policy,
-            replicas=kept | fresh,
+        kept = Snapshot(0, 0) if changes.whole else self
+        policy = kept.policy if changes.policy is None else changes.policy
+        return Snapshot(
+            changes.epoch,
+            changes.version,
+            changes.policy_version,
+            policy,
+            _updated(kept.replicas, ReplicaReport, changes),
+            _updated(kept.ingresses, IngressReport, changes),
         )
+
+
+def _updated(before: Mapping[str, R], kind: type[R], changes: Changes) -> Mapping[str, R]:
+    kept = {name: report for name, report in before.items() if name not in changes.gone}
+    return kept | {each.name: each for each in changes.reports if isinstance(each, kind)}
 
 
 class Controller(Protocol):

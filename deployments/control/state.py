@@ -12,20 +12,20 @@ from deployments.control.messages import (
     Changes,
     Known,
     Receipt,
-    ReplicaReport,
+    Report,
     ReportBatch,
     Snapshot,
 )
 from select_n_core.live import LivePolicy
 
-# Ten to twenty reports per second come of every replica: one that misses so many is gone.
+# Who misses several reports in a row is gone: replicas send ten per second, ingresses two.
 REPORT_TTL_S = 2.0
-_MOST_GONE = 1024  # replicas remembered after they left; who watched since before gets everything
+_MOST_GONE = 1024  # senders remembered after they left; who watched since before gets everything
 
 
 @dataclass(slots=True)
 class _Live:
-    report: ReplicaReport
+    report: Report
     heard_s: float
     version: int
 
@@ -42,7 +42,7 @@ class ClusterState:
     Args:
         epoch: of this controller, above every earlier one's.
         clock: seconds that only grow.
-        ttl_s: a replica that has not reported for so long is dropped.
+        ttl_s: a sender that has been silent for so long is dropped.
     """
 
     def __init__(
@@ -86,14 +86,12 @@ class ClusterState:
         """
         if batch.epoch > self.epoch:
             self._succeeded_by = max(self._succeeded_by, batch.epoch)
-            return Receipt(
-                self.epoch, self._version, tuple(report.replica for report in batch.reports)
-            )
-        refused = tuple(report.replica for report in batch.reports if not self._note(report))
+            return Receipt(self.epoch, self._version, tuple(each.name for each in batch.reports))
+        refused = tuple(each.name for each in batch.reports if not self._note(each))
         return Receipt(self.epoch, self._version, refused)
 
-    def _note(self, report: ReplicaReport) -> bool:
-        name = report.replica
+    def _note(self, report: Report) -> bool:
+        name = report.name
         before = self._live.get(name)
         last = before.report.sequence if before else -1
         if name in self._gone:
@@ -106,7 +104,7 @@ class ClusterState:
         return True
 
     def expire(self) -> None:
-        """Drop the replicas that have been silent for longer than the TTL."""
+        """Drop the senders that have been silent for longer than the TTL."""
         dead_s = self._clock() - self._ttl_s
         for name in [name for name, live in self._live.items() if live.heard_s < dead_s]:
             self._version += 1

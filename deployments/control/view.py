@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from deployments.control.messages import ReplicaReport, Snapshot
+from deployments.control.messages import ReplicaReport, Report, Snapshot
 
 
 def cluster_document(snapshot: Snapshot, *, age_s: float | None, now_s: float) -> dict[str, Any]:
@@ -35,6 +35,10 @@ def cluster_document(snapshot: Snapshot, *, age_s: float | None, now_s: float) -
             for node in sorted({each.node for each in replicas})
         ],
         "replicas": [_replica(each, now_s) for each in replicas],
+        "ingresses": [
+            {"ingress": each.ingress, "feedback_age_s": _age_s(each, now_s)}
+            for each in snapshot.ingresses.values()
+        ],
     }
 
 
@@ -82,5 +86,9 @@ def _replica(report: ReplicaReport, now_s: float) -> dict[str, Any]:
         "tpot_target_s": report.tpot_s,
         "admitted": report.admitted,
         "returned": dict(report.returned),
-        "feedback_age_s": round(max(0.0, now_s - report.measured_at_s), 3),
+        "feedback_age_s": _age_s(report, now_s),
     }
+
+
+def _age_s(report: Report, now_s: float) -> float:
+    return round(max(0.0, now_s - report.measured_at_s), 3)

@@ -12,8 +12,8 @@ from standins import ScriptedEngine, args, replica, soon
 
 from deployments.control.backoff import Backoff
 from deployments.control.cache import SnapshotCache
-from deployments.control.messages import ReplicaReport
-from deployments.control.reporter import Reporter, is_due
+from deployments.control.messages import IngressReport, ReplicaReport
+from deployments.control.reporter import is_due, reporter_of_ingress, reporter_of_replica
 from deployments.control.state import ClusterState
 from select_n_core.errors import UnavailableError
 
@@ -101,7 +101,7 @@ async def hears(cache: SnapshotCache, **wanted: object) -> None:
 async def test_what_a_replica_decides_reaches_the_cache(controller, facts):
     controller.start(1)
     cache = SnapshotCache(controller)
-    async with running(Reporter(facts.read, controller), cache):
+    async with running(reporter_of_replica(facts.read, controller), cache):
         for k in (8, 9, 3):
             facts.now = replace(facts.now, k=k)
             await hears(cache, k=k)
@@ -131,7 +131,7 @@ async def test_one_report_at_most_is_on_its_way_and_what_changes_meanwhile_follo
     controller.start(1)
     controller.answers.clear()
     cache = SnapshotCache(controller)
-    async with running(Reporter(facts.read, controller), cache):
+    async with running(reporter_of_replica(facts.read, controller), cache):
 
         async def is_on_its_way() -> bool:
             return controller.on_their_way == 1
@@ -153,7 +153,7 @@ async def test_without_a_controller_it_is_said_once_and_again_when_it_comes(
         return sorted(record.message for record in caplog.records)
 
     cache = SnapshotCache(controller)
-    async with running(Reporter(facts.read, controller), cache):
+    async with running(reporter_of_replica(facts.read, controller), cache):
 
         async def is_tried_again() -> bool:
             return controller.reports > 2
@@ -187,7 +187,7 @@ async def test_a_replica_that_cannot_be_read_does_not_end_its_reports(controller
         return facts.read(sequence)
 
     cache = SnapshotCache(controller)
-    async with running(Reporter(read, controller), cache):
+    async with running(reporter_of_replica(read, controller), cache):
         await hears(cache)
 
 
@@ -196,7 +196,7 @@ async def test_a_lost_controller_leaves_the_last_snapshot_and_a_later_one_replac
 ):
     controller.start(1)
     cache = SnapshotCache(controller)
-    async with running(Reporter(facts.read, controller), cache):
+    async with running(reporter_of_replica(facts.read, controller), cache):
         await hears(cache)
         controller.state = None
 
@@ -212,6 +212,25 @@ async def test_a_lost_controller_leaves_the_last_snapshot_and_a_later_one_replac
 
         await soon(is_later)
         await hears(cache)
+
+
+async def test_what_an_ingress_was_asked_for_reaches_the_others_and_not_itself(controller):
+    def read(sequence: int) -> IngressReport:
+        return IngressReport("here", sequence, 1.0, {"acme": (60.0, 6000.0)})
+
+    controller.start(1)
+    cache = SnapshotCache(controller)
+    assert cache.demands("acme", but="elsewhere") == []
+    async with running(reporter_of_ingress(read, controller), cache):
+
+        async def is_heard() -> bool:
+            return bool(cache.snapshot and cache.snapshot.ingresses)
+
+        await soon(is_heard)
+    assert cache.demands("acme", but="elsewhere") == [(60.0, 6000.0)]
+    assert cache.demands("acme", but="here") == []
+    assert cache.demands("nobody", but="elsewhere") == []
+    assert cache.snapshot.replicas == {}
 
 
 def test_a_replica_reports_what_its_engine_says(text):

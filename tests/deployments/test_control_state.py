@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import report
 
-from deployments.control.messages import Known, ReportBatch, Snapshot
+from deployments.control.messages import IngressReport, Known, ReportBatch, Snapshot
 from deployments.control.state import ClusterState
 from select_n_core.live import LivePolicy, parse_policy
 
@@ -142,6 +142,18 @@ def test_a_later_controller_replaces_all_that_was_known(state, clock):
     snapshot = state.snapshot().after(later.changes(state.snapshot().known))
     assert snapshot == later.snapshot()
     assert snapshot.policy is None
+
+
+def test_replicas_and_ingresses_are_told_apart_and_expire_alike(state, clock):
+    state.take(batch(report("a"), IngressReport("i", 0, 0.0, {"acme": (1.0, 2.0)})))
+    snapshot = state.snapshot()
+    assert (set(snapshot.replicas), set(snapshot.ingresses)) == ({"a"}, {"i"})
+    clock.now_s += 1.5
+    state.take(batch(report("a", 1)))
+    clock.now_s += 1.5
+    state.expire()
+    later = snapshot.after(state.changes(snapshot.known))
+    assert (set(later.replicas), set(later.ingresses)) == ({"a"}, set())
 
 
 REPLICAS = st.sampled_from("abc")
