@@ -139,11 +139,11 @@ def check_command(config: Config, as_json: AsJson = False) -> None:
 
 @commands.command("serve")
 def serve_command(config: Config, as_json: AsJson = False) -> None:
-    """Serve a configuration on this machine until Ctrl-C."""
+    """Serve a configuration on this machine until Ctrl-C; SIGUSR1 takes its live policy anew."""
     from deployments.cli.serve import serve_config
     from select_n_core.config import load_config
 
-    serve_config(load_config(config), as_json=as_json)
+    serve_config(load_config(config), read_again=lambda: load_config(config), as_json=as_json)
 
 
 @commands.command("status")

@@ -1,6 +1,7 @@
 """examples/cluster.yaml as a user runs it, with a tiny model: one controller, two replicas."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,21 @@ def test_what_was_served_is_counted_and_timed_against_its_targets(server):
         assert replica["tpot_p95_s"] > 0
         assert replica["ttft_p95_s"] > 0
         assert (replica["tpot_target_s"], replica["ttft_target_s"]) == (0.1, 2.0)
+
+
+def test_a_policy_is_taken_while_it_serves_and_restarts_nothing(server):
+    before = status(server)
+    document = yaml.safe_load(server.path.read_text())
+    [control] = [each for each in document["applications"] if each["name"] == "control"]
+    control["deployments"][0]["user_config"]["budgets"] = {"host_memory": "2GiB"}
+    server.path.write_text(yaml.safe_dump(document))
+    server.process.send_signal(signal.SIGUSR1)
+    told = eventually(server, lambda told: told["nodes"][0]["budget_bytes"] == 2 << 30)
+    assert told["controller"]["policy_version"] == before["controller"]["policy_version"] + 1
+    assert told["controller"]["epoch"] == before["controller"]["epoch"]
+    assert {each["replica"] for each in told["replicas"]} == {
+        each["replica"] for each in before["replicas"]
+    }
 
 
 def test_ctrl_c_ends_the_controller_too(server):
