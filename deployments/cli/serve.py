@@ -23,6 +23,7 @@ from typing import Any
 from deployments import ray_compat
 from deployments.cli.output import emit
 from deployments.naming import INGRESS, deployment_name
+from deployments.tenants.keys import read_keys
 from select_n_core import errors
 from select_n_core.config import (
     CONTROL_APPLICATION,
@@ -33,6 +34,7 @@ from select_n_core.config import (
     ServeArgs,
 )
 from select_n_core.errors import ConfigError, EngineError, InfeasibleError, InputError, LinkError
+from select_n_core.live import LivePolicy
 
 # Ctrl-C: streams get GRACE_S, then an error; Ray takes the rest of ten seconds.
 GRACE_S = 3.0
@@ -57,11 +59,12 @@ def serve_config(
         as_json: print where and what is served as one JSON object.
 
     Raises:
-        ConfigError: the port is busy, Ray Serve's part of the file is broken, the machine lacks
-            GPUs, or a model cannot be served as configured.
+        ConfigError: the port is busy, the API keys cannot be read, Ray Serve's part of the file is
+            broken, the machine lacks GPUs, or a model cannot be served as configured.
         EngineError: a replica failed for another reason.
     """
     check_port(config.http)
+    check_keys(config.live)
     ray_compat.check_document(config.document)
     with _signals(signal.SIGINT, signal.SIGTERM) as stop, _signals(signal.SIGUSR1) as told:
         _say("starting Ray ...")
@@ -105,6 +108,12 @@ def check_port(http: HTTPOptions) -> None:
         ) from error
 
 
+def check_keys(policy: LivePolicy | None) -> None:
+    """Raise ConfigError when tenants are named whose keys cannot be read."""
+    if policy is not None and policy.keys_file is not None:
+        read_keys(policy.keys_file)
+
+
 def check_capacity(args: ServeArgs, resources: Mapping[str, float]) -> None:
     """Raise ConfigError when the replicas want more GPUs than there are.
 
@@ -143,6 +152,7 @@ def take_policy(config: DeployConfig, read_again: Callable[[], DeployConfig]) ->
     """
     try:
         changed = read_again()
+        check_keys(changed.live)
         ray_compat.check_document(changed.document)
         if but_policy(changed) != but_policy(config):
             raise ConfigError(
@@ -258,8 +268,9 @@ def _announce(config: DeployConfig, *, as_json: bool) -> None:
         "temperature": 0,
         "stream": True,
     }
+    key = "-H 'Authorization: Bearer KEY' " if config.live and config.live.tenants else ""
     example = (
-        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"curl -N {url}/v1/chat/completions {key}-H 'Content-Type: application/json' "
         f"-d '{json.dumps(body)}'"
     )
     plans = [each["plan_line"] for each in replicas]

@@ -17,10 +17,18 @@ import served
 from collector import collecting
 from standins import MODEL, args, events, eventually
 
-from deployments.cli.serve import but_policy, check_capacity, check_port, find_cause, take_policy
+from deployments.cli.serve import (
+    but_policy,
+    check_capacity,
+    check_keys,
+    check_port,
+    find_cause,
+    take_policy,
+)
 from deployments.ray_compat import check_document
 from select_n_core.config import DeployConfig, HTTPOptions
 from select_n_core.errors import ConfigError, InfeasibleError
+from select_n_core.live import parse_policy
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -45,6 +53,16 @@ def test_a_busy_port_is_one_clear_line():
 def test_a_host_that_is_not_ours_is_one_clear_line():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
         check_port(HTTPOptions(host="192.0.2.1", port=8000))
+
+
+def test_keys_that_cannot_be_read_are_one_clear_line(tmp_path):
+    path = tmp_path / "keys.yaml"
+    policy = parse_policy({"tenants": [{"name": "acme"}], "keys_file": str(path)})
+    with pytest.raises(ConfigError, match=r"keys_file: cannot read .*: No such file"):
+        check_keys(policy)
+    path.write_text("{}")
+    check_keys(policy)
+    check_keys(None)
 
 
 def test_a_broken_part_of_ray_serves_own_is_one_clear_line():
@@ -80,7 +98,8 @@ def with_control(policy: dict | None = None, **changes) -> DeployConfig:
     if policy is not None:
         control["deployments"] = [{"name": "ClusterController", "user_config": policy}]
     document["applications"] = [control, *document["applications"]]
-    return DeployConfig(document=document, http=HTTPOptions(), serve=args())
+    live = parse_policy(policy or {})
+    return DeployConfig(document=document, http=HTTPOptions(), serve=args(), live=live)
 
 
 def test_only_the_live_policy_may_change_while_it_serves():
@@ -104,6 +123,7 @@ def broken() -> DeployConfig:
         (broken, "user_config.classes: is wrong"),
         (lambda: with_control(proxy_location="EveryNode"), "only the user_config of Cluster"),
         (lambda: with_control(proxy_location="Nowhere"), "proxy_location"),
+        (lambda: with_control({"tenants": [{"name": "a"}], "keys_file": "/none"}), "keys_file"),
     ],
 )
 def test_a_policy_that_cannot_be_taken_leaves_all_as_it_was(read_again, why, capsys):
