@@ -18,7 +18,8 @@ from deployments.control.cache import SnapshotCache
 from deployments.control.messages import ReplicaReport
 from deployments.control.policy import HeardPolicy
 from deployments.control.remote import RemoteController
-from deployments.control.reporter import reporter_of_replica
+from deployments.control.reporter import reporter_of_ingress, reporter_of_replica
+from deployments.control.sharing import SharedQuotas
 from deployments.http.api import create_api
 from deployments.http.live import LiveRequests
 from deployments.naming import INGRESS, deployment_name
@@ -97,6 +98,7 @@ class IngressDeployment:
         self._cluster = SnapshotCache(RemoteController())
         self._policy = HeardPolicy(self._cluster)
         name = serve.get_replica_context().replica_id.unique_id
+        self._shared = SharedQuotas(name, self._cluster)
         self._telemetry = Telemetry.open("ingress", {"select_n.replica": name})
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -105,6 +107,7 @@ class IngressDeployment:
             self._args,
             cluster=self._cluster,
             policy=self._policy,
+            quotas=self._shared.quotas,
             sinks=self._telemetry.sinks(),
             lifespan=self._lifespan,
         )
@@ -114,9 +117,11 @@ class IngressDeployment:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         await self._policy.find_out()
-        watching = asyncio.create_task(self._cluster.run())
+        reporter = reporter_of_ingress(self._shared.report, RemoteController())
+        tasks = [asyncio.create_task(each.run()) for each in (self._cluster, reporter)]
         yield
-        watching.cancel()
+        for task in tasks:
+            task.cancel()
         await self._telemetry.close()
 
     async def settle(self, timeout_s: float) -> None:

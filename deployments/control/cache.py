@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from deployments.control.backoff import Backoff
-from deployments.control.messages import Controller, Snapshot
+from deployments.control.messages import Changes, Controller, Known, Snapshot
 
 _POLL_S = 10.0
 _GAP_S = 0.03  # between two polls: reports that come meanwhile arrive together
@@ -41,23 +41,27 @@ class SnapshotCache:
         return None if self._snapshot is None else self._clock() - self._heard_s
 
     def demands(self, tenant: str, *, but: str) -> list[tuple[float, float]]:
-        """What every ingress but one was asked for in a tenant's name; see `IngressReport`."""
-        if self._snapshot is None:
-            return []
+        """What every living ingress but one was asked for in a tenant's name: see `IngressReport`.
+
+        One that was asked for nothing is among them: it has its part of a quota too.
+        """
+        ingresses = {} if self._snapshot is None else self._snapshot.ingresses
         return [
-            each.demands[tenant]
-            for name, each in self._snapshot.ingresses.items()
-            if name != but and tenant in each.demands
+            each.demands.get(tenant, (0.0, 0.0)) for name, each in ingresses.items() if name != but
         ]
+
+    def take(self, changes: Changes) -> None:
+        """What the controller said last."""
+        self._snapshot = (self._snapshot or Snapshot(0, 0)).after(changes)
+        self._heard_s = self._clock()
 
     async def run(self) -> None:
         """Watch until cancelled."""
         backoff = Backoff("snapshots")
         while True:
-            before = self._snapshot or Snapshot(0, 0)
+            known = Known() if self._snapshot is None else self._snapshot.known
             try:
-                self._snapshot = before.after(await self._controller.watch(before.known, _POLL_S))
-                self._heard_s = self._clock()
+                self.take(await self._controller.watch(known, _POLL_S))
                 backoff.worked()
             except Exception as error:
                 await asyncio.sleep(backoff.failed(error))

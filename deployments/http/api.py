@@ -28,7 +28,7 @@ from deployments.http.errors import FailureError, error_body, error_response
 from deployments.http.metrics import IngressMetrics, RequestTimer
 from deployments.http.schema import ChatRequest, CompletionRequest
 from deployments.series import Sink
-from deployments.tenants.charges import Charge, Others, Quotas, alone, expected_tokens
+from deployments.tenants.charges import Charge, Quotas, expected_tokens
 from deployments.tenants.gate import Caller, Gate, PolicySource, open_to_all
 from deployments.tenants.terms import terms_of
 from select_n_core.config import ServeArgs
@@ -46,7 +46,7 @@ def create_api(
     *,
     cluster: SnapshotCache | None = None,
     policy: PolicySource = open_to_all,
-    others: Others = alone,
+    quotas: Quotas | None = None,
     sinks: Sequence[Sink] = (),
     lifespan: Lifespan | None = None,
 ) -> FastAPI:
@@ -55,7 +55,7 @@ def create_api(
     Args:
         cluster: what the controller says, where there is one.
         policy: the live policy as of now: tenants, classes.
-        others: what other ingresses were asked for, with whom tenants' quotas are shared.
+        quotas: that tenants' requests are charged to; None shares them with no other ingress.
         sinks: told of every measurement, besides Prometheus.
         lifespan: entered when the server starts, left when it ends.
     """
@@ -64,7 +64,7 @@ def create_api(
     api = FastAPI(title="select-n", strict_content_type=True, lifespan=lifespan)
     errors.install(api)
     metrics = IngressMetrics({model.name: model.slo.targets() for model in args.models}, sinks)
-    ingress = _Ingress(backends, args, metrics, Quotas(others), cluster)
+    ingress = _Ingress(backends, args, metrics, quotas or Quotas(), cluster)
     api.post("/v1/chat/completions")(ingress.chat)
     api.post("/v1/completions")(ingress.complete)
     api.get("/v1/models")(ingress.models)

@@ -229,7 +229,7 @@ async def test_what_an_ingress_was_asked_for_reaches_the_others_and_not_itself(c
         await soon(is_heard)
     assert cache.demands("acme", but="elsewhere") == [(60.0, 6000.0)]
     assert cache.demands("acme", but="here") == []
-    assert cache.demands("nobody", but="elsewhere") == []
+    assert cache.demands("nobody", but="elsewhere") == [(0.0, 0.0)]
     assert cache.snapshot.replicas == {}
 
 
