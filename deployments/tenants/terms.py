@@ -23,6 +23,7 @@ TPOT_HEADER = "X-SelectN-TPOT"
 
 # The configuration's parser also does arithmetic, which is nothing for strangers.
 _TIME = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})? ?(us|ms|s|min)")
+_MOST_S = 3600.0  # who waits holds a place in a queue
 
 
 class _Level(NamedTuple):
@@ -115,4 +116,7 @@ def _time(headers: Mapping[str, str], name: str) -> float | None:
         raise RequestError(
             f"{name} must be a time with its unit, for example 500ms, got {text!r}", field=name
         )
-    return parse_seconds(text.strip())
+    time_s = parse_seconds(text.strip())
+    if time_s > _MOST_S:
+        raise RequestError(f"{name} must be an hour at most, got {text!r}", field=name)
+    return time_s

@@ -108,6 +108,7 @@ def test_no_headers_make_anything_better(own_class, asked, ttft_ms, tpot_ms):
         ("TPOT", "9**9**9s", "must be a time"),
         ("TPOT", "1e9s", "must be a time"),
         ("TPOT", "", "must be a time"),
+        ("TTFT", "61min", "must be an hour at most, got '61min'"),
     ],
 )
 def test_a_broken_header_is_named(header, value, says):
