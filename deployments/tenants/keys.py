@@ -22,6 +22,8 @@ from select_n_core.errors import ConfigError, UnavailableError
 
 _log = logging.getLogger(__name__)
 
+# The parser in C, where PyYAML has it: requests wait while the file is read.
+_LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
 Stamp = tuple[str, int, int, int]
@@ -44,7 +46,7 @@ def read_keys(path: str) -> dict[str, str]:
         ConfigError: it cannot be read, is no such mapping, or holds something that is no hash.
     """
     try:
-        keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        keys = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_LOADER)
     except OSError as error:
         raise ConfigError(f"keys_file: cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
