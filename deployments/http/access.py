@@ -35,26 +35,25 @@ class Access:
             if scope["type"] != "http":
                 await app(scope, receive, send)
                 return
-            state = scope.setdefault("state", {})
+            path = _path(scope)
+            caller: Caller | None = None
             try:
-                state["caller"] = self._enter(scope)
+                caller = self._gate.caller(Headers(scope=scope).get("authorization"))
+                if not caller.is_admin and path != _OPEN and not path.startswith(_TENANTS):
+                    raise ForbiddenError(f"{path} is for tenants with admin: true only")
             except SelectNError as error:
-                if _path(scope) == _OPEN:
-                    state["caller"] = None
-                    await app(scope, receive, send)
+                if path != _OPEN:
+                    self._refused(caller, error)
+                    await error_response(Failure.of(error))(scope, receive, send)
                     return
-                self._metrics.record(ADMISSIONS, 1, {"outcome": "refused", "reason": error.code})
-                await error_response(Failure.of(error))(scope, receive, send)
-                return
+            scope.setdefault("state", {})["caller"] = caller
             await app(scope, receive, send)
 
         return known
 
-    def _enter(self, scope: Scope) -> Caller:
-        caller = self._gate.caller(Headers(scope=scope).get("authorization"))
-        if not caller.is_admin and not _path(scope).startswith(_TENANTS):
-            raise ForbiddenError(f"{_path(scope)} is for tenants with admin: true only")
-        return caller
+    def _refused(self, caller: Caller | None, error: SelectNError) -> None:
+        who = {"tenant": caller.tenant.name} if caller is not None and caller.tenant else {}
+        self._metrics.record(ADMISSIONS, 1, {"outcome": "refused", "reason": error.code} | who)
 
 
 def caller_of(request: Request) -> Caller:
