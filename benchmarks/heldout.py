@@ -4,7 +4,8 @@
 
 Makes the record as `select-n profile` does. Held out are whole shapes: no batch, context or chunk
 of theirs is in the fit. An error is |predicted / median of the repeats - 1|; the noise is by how
-much medians of two halves of the same repeats differ. The goal is a P95 of the errors of at most
+much medians of two halves of the same repeats differ, taken at random; the drift is by how much
+medians of the earlier and of the later half differ. The goal is a P95 of the errors of at most
 5%, or 1.5 times the P95 of the noise where that is more.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default=DEMO)
     parser.add_argument("--links", type=float, nargs="+", default=[1e9], help="bytes/s")
-    parser.add_argument("--sweeps", type=int, default=Effort.full().sweeps, help="4 repeats each")
+    parser.add_argument("--sweeps", type=int, default=Effort.full().sweeps, help="2 repeats each")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
@@ -81,10 +82,17 @@ def _class(samples: tuple[HeldOutSample, ...]) -> dict[str, Any]:
         "steps": len(samples),
         "error_p50": statistics.median(errors),
         "error_p95": p95(errors),
+        "bias": statistics.median(s.predicted_s / s.typical_s - 1 for s in samples),
         "noise_p95": noise,
+        "drift_p95": p95([_drift(s.seconds) for s in samples]),
         "goal": goal(noise),
         "met": (p95(errors) or 0.0) <= goal(noise),
     }
+
+
+def _drift(seconds: Sequence[float]) -> float:
+    half = len(seconds) // 2
+    return abs(statistics.median(seconds[:half]) / statistics.median(seconds[-half:]) - 1)
 
 
 def _k_class(sample: HeldOutSample, record: PerformanceRecord) -> str:
@@ -106,9 +114,10 @@ def _shape_class(sample: HeldOutSample) -> str:
 def _step(sample: HeldOutSample) -> dict[str, Any]:
     return {
         **sample.model_dump(mode="json", exclude={"seconds"}),
-        "median_s": statistics.median(sample.seconds),
+        "median_s": sample.typical_s,
+        "drift": _drift(sample.seconds),
         "error": sample.error,
-        "ratio": sample.predicted_s / statistics.median(sample.seconds),
+        "ratio": sample.predicted_s / sample.typical_s,
     }
 
 
@@ -116,8 +125,9 @@ def lines(found: list[dict[str, Any]]) -> list[str]:
     """One line per link and class."""
     return [
         f"{each['link_bytes_per_s'] / 1e9:g} GB/s, {name} ({facts['steps']} steps): P95 of the "
-        f"error {facts['error_p95']:.1%}, of the noise {facts['noise_p95']:.1%}, goal "
-        f"{facts['goal']:.1%}{'' if facts['met'] else ': MISSED'}"
+        f"error {facts['error_p95']:.1%}, of the noise {facts['noise_p95']:.1%}, of the drift "
+        f"{facts['drift_p95']:.1%}, bias {facts['bias']:+.1%}, goal {facts['goal']:.1%}"
+        f"{'' if facts['met'] else ': MISSED'}"
         for each in found
         for name, facts in [("all", each["all"]), *each["by_shape"].items(), *each["by_k"].items()]
     ]

@@ -103,7 +103,7 @@ class Load:
             slots=2,
             clock=lambda: self.now_s,
             swapping=Swapping(HostBook(1000), lambda block: block, 0.2e-3),
-            turning=Turning(2, lambda: 20, tuple(len(self._ids(k)) for k in range(21))),
+            turning=Turning(0, lambda: 20, tuple(len(self._ids(k)) for k in range(21))),
         )
 
     def iterate(self) -> tuple[float, float, int]:

@@ -107,8 +107,8 @@ class ComputeSample(_ShapeSample):
     Attributes:
         decode_rows, context_tokens, prefill_tokens, prefill_pairs, chunks: see `StepShape`.
         rows: rows of logits.
-        unit_s: seconds per unit at home, median of the repeats.
-        outside_s: g, median of the repeats.
+        unit_s: seconds per unit at home, mean of the middle half of the repeats.
+        outside_s: g, mean of the same.
         variation: coefficient of variation of the whole pass over the repeats.
         repeats: passes measured.
     """
@@ -119,19 +119,35 @@ class ComputeSample(_ShapeSample):
     repeats: PositiveInt
 
 
-class HeldOutSample(_ShapeSample):
-    """A shape that the fit never saw, measured with `k` units streamed, and its prediction.
+class StreamedSample(_ShapeSample):
+    """A shape measured with `k` units streamed.
 
     Attributes:
         decode_rows, context_tokens, prefill_tokens, prefill_pairs, chunks: see `StepShape`.
         rows: rows of logits.
         seconds: of every repeat, a whole step.
-        predicted_s: by the fitted model.
-        noise: split-half: by how much medians of two halves of the repeats differ.
     """
 
     k: NonNegativeInt
     slots: PositiveInt
+    seconds: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+
+    @property
+    def typical_s(self) -> float:
+        """Median of the repeats."""
+        return statistics.median(self.seconds)
+
+
+class HeldOutSample(StreamedSample):
+    """A shape that the fit never saw, at some `k`, and its prediction.
+
+    Attributes:
+        decode_rows, context_tokens, prefill_tokens, prefill_pairs, chunks: see `StepShape`.
+        rows, seconds: see `StreamedSample`.
+        predicted_s: by the fitted model.
+        noise: split-half: by how much medians of two halves of the repeats differ.
+    """
+
     seconds: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
     predicted_s: PositiveFloat
     noise: NonNegativeFloat
@@ -139,7 +155,7 @@ class HeldOutSample(_ShapeSample):
     @property
     def error(self) -> float:
         """Of the prediction against the median."""
-        return abs(self.predicted_s / statistics.median(self.seconds) - 1)
+        return abs(self.predicted_s / self.typical_s - 1)
 
 
 class ColdSample(_Frozen):
@@ -211,6 +227,7 @@ class PerformanceRecord(_Frozen):
         max_context: positions the model was made for.
         transfers: of every size of unit, both directions.
         transfer_s: t, median copy of the largest unit to the device, alone.
+        streamed: steps of the grid with units streamed; `streaming.cold` is fitted to them.
         held_out: shapes kept from the fit, to judge it; none after a brief measurement.
         held_out_p95: of their errors. held_out_noise: P95 of their split-half noise.
         seconds: what measuring took.
@@ -226,6 +243,7 @@ class PerformanceRecord(_Frozen):
     transfer_s: PositiveFloat
     streaming: ModeRecord
     resident: ModeRecord | None
+    streamed: tuple[StreamedSample, ...] = ()
     held_out: tuple[HeldOutSample, ...] = ()
     held_out_p95: NonNegativeFloat | None = None
     held_out_noise: NonNegativeFloat | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from select_n_core.errors import StreamingError
+from select_n_core.packed import PackedWeight, layout_of, pack, packed_view
 
 Reader = Callable[[Tensor], None]
 """Writes a tensor's elements into a contiguous view of its shape and type, on any device."""
@@ -23,7 +24,7 @@ def align(nbytes: int) -> int:
 
 @dataclass(slots=True)
 class _Place:
-    """One tensor's place in the flat buffer and everyone who holds it."""
+    """One tensor's place in the flat buffer, everyone who holds it, and how it is packed."""
 
     owners: list[tuple[nn.Module, str]]
     source: Tensor | Reader | None
@@ -33,6 +34,7 @@ class _Place:
     shape: torch.Size
     dtype: torch.dtype
     empty: Tensor
+    layout: bytes | None = None
 
 
 class FlatUnit:
@@ -78,15 +80,31 @@ class FlatUnit:
             offset += align(nbytes)
         self.nbytes = offset
 
+    def pack(self, device: torch.device) -> None:
+        """Let buffers that are filled from now on hold linear weights as `device` reads them best.
+
+        Every buffer of a unit must be filled after the same choice. On a CPU, a weight that one
+        linear layer holds and nobody else is packed where that is possible; see `packed`.
+        """
+        for place in self._places:
+            held_by_one = len(place.owners) == 1 and place.parameter is not None
+            owner, attribute = place.owners[0]
+            packs = held_by_one and type(owner) is nn.Linear and attribute == "weight"
+            on_cpu = packs and device.type == "cpu"
+            place.layout = layout_of(place.shape, place.dtype) if on_cpu else None
+        self._views.clear()
+
     def fill(self, buffer: Tensor) -> None:
         """Write the source tensors into `buffer` (uint8, `nbytes` long, any device)."""
-        for place, view in zip(self._places, self._views_of(buffer), strict=True):
+        for place, view in zip(self._places, self._plain_views(buffer), strict=True):
             if place.source is None:
                 raise StreamingError(f"unit {self.name}: its source was released; load it again")
             if isinstance(place.source, Tensor):
                 view.copy_(place.source)
             else:
                 place.source(view)
+            if place.layout is not None:
+                pack(view)
 
     def release_source(self) -> None:
         """Forget the source; from here on the unit lives in the buffers it filled."""
@@ -124,8 +142,14 @@ class FlatUnit:
 
     def _point(self, views: Sequence[Tensor]) -> None:
         for place, view in zip(self._places, views, strict=True):
-            if place.parameter is not None:
+            if isinstance(view, PackedWeight):
+                owner, attribute = place.owners[0]
+                owner._parameters[attribute] = view
+            elif place.parameter is not None:
                 place.parameter.data = view
+                if place.layout is not None:
+                    owner, attribute = place.owners[0]
+                    owner._parameters[attribute] = place.parameter
             else:
                 for owner, attribute in place.owners:
                     owner._buffers[attribute] = view
@@ -133,19 +157,23 @@ class FlatUnit:
     def _views_of(self, buffer: Tensor) -> list[Tensor]:
         views = self._views.get(buffer.data_ptr())
         if views is None:
-            if buffer.dtype != torch.uint8 or buffer.numel() < self.nbytes:
-                raise StreamingError(
-                    f"unit {self.name}: needs {self.nbytes} bytes of uint8, "
-                    f"got {buffer.numel()} of {buffer.dtype}"
-                )
             views = [
-                buffer[place.offset : place.offset + place.nbytes]
-                .view(place.dtype)
-                .view(place.shape)
-                for place in self._places
+                view if place.layout is None else packed_view(view, place.layout)
+                for place, view in zip(self._places, self._plain_views(buffer), strict=True)
             ]
             self._views[buffer.data_ptr()] = views
         return views
+
+    def _plain_views(self, buffer: Tensor) -> list[Tensor]:
+        if buffer.dtype != torch.uint8 or buffer.numel() < self.nbytes:
+            raise StreamingError(
+                f"unit {self.name}: needs {self.nbytes} bytes of uint8, "
+                f"got {buffer.numel()} of {buffer.dtype}"
+            )
+        return [
+            buffer[place.offset : place.offset + place.nbytes].view(place.dtype).view(place.shape)
+            for place in self._places
+        ]
 
 
 def named_tensors(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

@@ -2,15 +2,21 @@
 
 Less at once when a promise is in danger, by as many units as it takes; more only in calm, by the
 next unit that frees KV, and only for those who wait for it. What nobody needs goes back: streaming
-less is never slower. Source: Select-N's online stage (arXiv 2502.08182), which moves an integer N.
+less is never slower. Between k = 0, where the ring is lent too, and more units than it has slots,
+there is nothing to gain: a turn steps over what lies there. Source: Select-N's online stage (arXiv
+2502.08182), which moves an integer N.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 from select_n_core.decisions.batch import Batch
 from select_n_core.decisions.facts import Cause, Change, RequestFacts, StepState
 from select_n_core.decisions.latency import LatencyModel, StepShape
 from select_n_core.decisions.pace import Pace, pace_of, with_prompt
+
+WORTH = 0.05  # streaming must serve so much more than none: less is noise of the record
 
 # In steps at the promised pace.
 CALM_STEPS = 10.0  # without a predicted miss, before more is streamed
@@ -24,6 +30,27 @@ _TPOT_MARGIN = 0.95  # of the promise that a step may take once a home is lent
 _RESERVE = 0.1  # of the KV blocks that stay free when homes are taken back
 
 
+def frees_memory(k: int, k_min: int, slots: int) -> bool:
+    """Whether streaming `k` units can free device memory, in a layout that begins at `k_min`.
+
+    Where the ring is lent at k = 0, up to as many units as it has slots free nothing: the ring
+    takes what their homes gave.
+    """
+    return k_min > 0 or k == 0 or k > slots
+
+
+def next_up(k: int, k_most: int, k_min: int, slots: int, blocks_at: Sequence[int]) -> int | None:
+    """The smallest k above this one, up to `k_most`, that frees KV; None where there is none."""
+    return next(
+        (
+            more
+            for more in range(k + 1, k_most + 1)
+            if frees_memory(more, k_min, slots) and blocks_at[more] > blocks_at[k]
+        ),
+        None,
+    )
+
+
 def fewer_in_danger(
     state: StepState, batch: Batch, pace: Pace, model: LatencyModel
 ) -> Change | None:
@@ -35,10 +62,12 @@ def fewer_in_danger(
     copy_bound = pace.copies_s >= _COPIES * step_s
     most = max(request.most_tokens for request in (*batch.requests, *state.waiting))
     need, best = state.blocks_of(most), state.k
-    for k in range(state.k - 1, state.k_min - 1, -1):
-        faster_s = pace_of(model, k, state.slots).step_s(batch.shape)
-        if faster_s * _SLOWER >= step_s or need > state.blocks_at[k]:
+    for k in _down(state):
+        if need > state.blocks_at[k]:
             break
+        faster_s = pace_of(model, k, state.slots).step_s(batch.shape)
+        if faster_s * _SLOWER >= step_s:
+            continue  # but at k = 0 other code may run
         best, step_s = k, faster_s
         if step_s <= state.tpot_s:
             break
@@ -50,22 +79,23 @@ def fewer_in_danger(
 def fewer_to_spare(
     state: StepState, batch: Batch, short: bool, pace: Pace, model: LatencyModel
 ) -> Change | None:
-    """One unit less, if nobody needs the KV in its home and steps gain by it.
+    """The next smaller k, if nobody needs the KV that its homes hold and steps gain by it.
 
     Args:
         short: somebody waits for KV.
     """
-    if state.k <= state.k_min or short or not batch.requests:
+    fewer = next(_down(state), None)
+    if fewer is None or short or not batch.requests:
         return None
     if state.dwell_s < SPARE_STEPS * state.tpot_s:
         return None
     owned = state.blocks - state.free_blocks
-    if owned + max(0, batch.growth) > (1 - _RESERVE) * state.blocks_at[state.k - 1]:
+    if owned + max(0, batch.growth) > (1 - _RESERVE) * state.blocks_at[fewer]:
         return None
     shape = batch.later_shape
-    if pace_of(model, state.k - 1, state.slots).step_s(shape) * _FASTER >= pace.step_s(shape):
+    if pace_of(model, fewer, state.slots).step_s(shape) * _FASTER >= pace.step_s(shape):
         return None
-    return Change(state.k - 1, Cause.SPARE)
+    return Change(fewer, Cause.SPARE)
 
 
 def may_stream_more(
@@ -91,7 +121,17 @@ def may_stream_more(
     # More requests at a time must serve more per second, not only hold more.
     then_s = slower.step_s(_going_on(now, more, request))
     now_s = faster.step_s(_going_on(now, 0, request))
-    return (now.decode_rows + more) * now_s >= now.decode_rows * then_s
+    least = now.decode_rows if state.k else now.decode_rows * (1 + WORTH)
+    return (now.decode_rows + more) * now_s >= least * then_s
+
+
+def _down(state: StepState) -> Iterator[int]:
+    """What k may be turned down to, largest first."""
+    return (
+        k
+        for k in range(state.k - 1, state.k_min - 1, -1)
+        if frees_memory(k, state.k_min, state.slots)
+    )
 
 
 def _going_on(now: StepShape, more: int, request: RequestFacts) -> StepShape:

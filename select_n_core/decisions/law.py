@@ -71,11 +71,11 @@ def iteration_s(
         transfers_s = tuple(transfer_s[unit] for unit in streamed)
     else:
         transfers_s = (transfer_s,) * k
-    return _steady_state(streamed, units, slots, cost, outside_s, transfers_s)
+    return steady_state_s(streamed, units, slots, cost, outside_s, transfers_s)
 
 
 @lru_cache(maxsize=65536)
-def _steady_state(
+def steady_state_s(
     streamed: tuple[int, ...],
     units: int,
     slots: int,
@@ -83,6 +83,7 @@ def _steady_state(
     outside_s: float,
     transfers_s: tuple[float, ...],
 ) -> float:
+    """`iteration_s` of any placement: `streamed` units in call order and the transfer of each."""
     if not streamed:
         return units * cost.home_s + outside_s
     copies_s = sum(transfers_s)

@@ -8,22 +8,25 @@ from itertools import count
 from select_n_core.errors import InputError
 
 # What lies outside the units (head, sampling, the gap between two steps), in shares of their time.
-# Any share from 0.05 to 0.2 serves outsides of up to a quarter of the units' time about as well.
-_OUTSIDE = 0.1
+# It need not be known well: `benchmarks/order.py` shows what other shares come to.
+OUTSIDE = 0.1
 
 
 @cache
-def offload_order(units: int) -> tuple[int, ...]:
+def offload_order(units: int, outside: float = OUTSIDE) -> tuple[int, ...]:
     """Fixed priority pi: every prefix is nearly evenly spaced over the *time* of an iteration.
 
     Bit-reversal (van der Corput) order around a circle of `units` layers and of what lies outside
     them, backwards from the last layer. Were the circle one of layers alone, the compute outside
     would lengthen one gap in which d slots cannot keep the link busy. Because prefixes nest,
     moving k by one moves exactly one unit.
+
+    Args:
+        outside: the time outside the units against theirs, as far as the order reckons with it.
     """
     if units < 1:
         raise InputError(f"a model needs at least one unit, got {units}", field="units")
-    circle = units * (1 + _OUTSIDE)
+    circle = units * (1 + outside)
     order: dict[int, None] = {}
     numbers = count()
     while len(order) < units:

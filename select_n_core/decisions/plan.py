@@ -18,11 +18,12 @@ from select_n_core.decisions.candidate import (
     k_max,
     serve,
 )
+from select_n_core.decisions.interval import WORTH, frees_memory
+from select_n_core.decisions.lending import most_lent
 from select_n_core.decisions.order import interval_of_k
 from select_n_core.errors import InputError
 from select_n_core.quantities import format_bytes, format_seconds
 
-_WORTH = 0.05  # offloading must gain more than this over none: less is noise of the record
 _EQUAL = 1e-6  # rates that differ by less are the same rate, summed in another order
 
 
@@ -90,22 +91,22 @@ def make_plan(inputs: PlanInputs) -> Plan:
     candidates = tuple(evaluate(inputs, k) for k in range(inputs.memory.units + 1))
     if inputs.forced_k is not None:
         return _forced(inputs, candidates)
-    # 0 < k <= d frees nothing: the ring takes what the homes gave.
-    useful = [c for c in candidates if c.feasible and (c.k == 0 or c.k > inputs.slots)]
-    if not useful:
+    able = [c for c in candidates if c.feasible and frees_memory(c.k, 0, inputs.slots)]
+    if not able:
         return _infeasible(inputs, candidates)
     wanted = inputs.rate_per_s if inputs.rate_per_s is not None else float("inf")
-    enough = min(wanted, max(c.requests_per_s for c in useful)) * (1 - _EQUAL)
+    enough = min(wanted, max(c.requests_per_s for c in able)) * (1 - _EQUAL)
     best = next(
-        c for c in useful if c.requests_per_s >= (enough * (1 - _WORTH) if c.k == 0 else enough)
+        c for c in able if c.requests_per_s >= (enough * (1 - WORTH) if c.k == 0 else enough)
     )
-    note = Note.OFFLOAD_NOT_NEEDED if best.k == 0 else None
-    message = (
-        "everything fits on the device: nothing is streamed"
-        if best.k == 0
-        else f"one in every {best.interval:g} {inputs.unit_name} streams from host memory"
-    )
-    return _plan(inputs, candidates, best, note=note, message=message)
+    if best.k:
+        message = f"one in every {best.interval:g} {inputs.unit_name} streams from host memory"
+        return _plan(inputs, candidates, best, message=message)
+    message = "everything fits on the device: nothing is streamed"
+    plan = _plan(inputs, candidates, best, note=Note.OFFLOAD_NOT_NEEDED, message=message)
+    if plan.mirrors:
+        message += f" until requests wait for KV, then up to k = {plan.mirrors}"
+    return replace(plan, message=message)
 
 
 def capacity_tokens(plan: Plan, inputs: PlanInputs) -> int:
@@ -136,7 +137,7 @@ def _plan(
 ) -> Plan:
     upper, lower = _range(candidates)
     units = inputs.memory.units
-    k_min, mirrors = _range_while_serving(inputs, chosen, upper, lower)
+    k_min, mirrors = _range_while_serving(inputs, candidates, chosen)
     bounds = (
         None
         if upper is None or lower is None
@@ -167,14 +168,16 @@ def _plan(
 
 
 def _range_while_serving(
-    inputs: PlanInputs, chosen: Candidate, upper: int | None, lower: int | None
+    inputs: PlanInputs, candidates: tuple[Candidate, ...], chosen: Candidate
 ) -> tuple[int, int]:
     """(the least k, units to mirror): a fixed interval stands still, and so does a tight arena."""
-    if inputs.forced_k is not None or lower is None or upper is None or not chosen.k:
+    upper, lower = _range(candidates)
+    if inputs.forced_k is not None or lower is None or upper is None:
         return chosen.k, chosen.k
-    mirrors = max(chosen.k, upper)
+    if not chosen.k:
+        return 0, most_lent(inputs, candidates) if k_max(inputs, 0) else 0
     k_min = min(lower, chosen.k)
-    return (k_min if k_max(inputs, k_min) > k_min else chosen.k), mirrors
+    return (k_min if k_max(inputs, k_min) > k_min else chosen.k), max(chosen.k, upper)
 
 
 def _forced(inputs: PlanInputs, candidates: tuple[Candidate, ...]) -> Plan:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -52,11 +53,12 @@ def build_engine(
     Where `config.compute` paces it, nothing but the record is needed: no weights, no tokenizer.
     """
     timeline = None if config.compute is None else Timeline()
-    link, device = open_link(config.link, timeline)
-    try:
+    with ExitStack() as undo:  # a build that fails gives everything back
+        link, device = open_link(config.link, timeline)
+        undo.callback(link.close)
         prepared = prepare(config, progress)
         plan = prepared.plan
-        maps = UnitMaps(SharedMaps(), _weights_key(prepared))
+        maps = UnitMaps(SharedMaps(), _weights_key(prepared, device))
         if timeline is None:  # paced memory is never touched
             _wait_for_memory(prepared, device, maps)
         placement = Placement(
@@ -72,9 +74,13 @@ def build_engine(
             graphs=Graphs.RESIDENT if device.type == "cuda" else Graphs.OFF,
         )
         executor = _placed(prepared, placement, link, device, maps, timeline)
+        undo.callback(executor.close)
         executor.model.release_source()
         block_bytes = executor.memory.kv_block_bytes
         host_blocks = HostBlocks(config.host_kv // block_bytes, block_bytes, link)
+        undo.callback(host_blocks.close)
+        scheduler = _scheduler(prepared, executor, host_blocks, clock)
+        eos = () if prepared.directory is None else eos_token_ids(prepared.directory)
         promised = config.slo.targets()
         lifetime_s = config.workload.output_tokens * promised.tpot_s
         bus = (
@@ -82,46 +88,20 @@ def build_engine(
             if prepared.fixed
             else join_bus(config.link, prepared.record.link_bytes_per_s, lifetime_s)
         )
-    except BaseException:
-        link.close()
-        raise
-    scheduler = Scheduler(
-        limits=Limits(
-            max_batch=plan.max_running,
-            max_step_tokens=config.max_step_tokens,
-            max_queue=config.max_queue,
-            max_tokens=capacity_tokens(plan, prepared.inputs),
-            vocab_size=executor.model.vocab_size if timeline is None else ANY_TOKEN,
-            expected_output=config.workload.output_tokens,
-        ),
-        slo=promised,
-        latency=prepared.inputs.latency,
-        blocks=executor.blocks,
-        k=plan.k,
-        slots=plan.slots,
-        clock=clock,
-        swapping=Swapping(
-            space=host_blocks,
-            bytes_of=executor.cache.bytes_of,
-            block_copy_s=block_bytes / prepared.record.link_bytes_per_s + config.link.latency,
-        ),
-        turning=Turning(
-            k_min=plan.k_min,
-            k_most=lambda: min(executor.m, executor.cap),
-            blocks_at=executor.layout.blocks_at,
-        ),
-    )
-    eos = () if prepared.directory is None else eos_token_ids(prepared.directory)
-    online = OnlineModel(
-        prepared.inputs.latency,
-        plan.slots,
-        executor.memory.slot_bytes,
-        bus,
-        tpot_s=promised.tpot_s,
-        corrected=not prepared.fixed,
-    )
-    engine = Engine(executor, scheduler, eos, clock, host_blocks, online)
-    return engine, _info(prepared, engine, eos)
+        if bus is not None:
+            undo.callback(bus.leave)
+        online = OnlineModel(
+            prepared.inputs.latency,
+            plan.slots,
+            executor.memory.slot_bytes,
+            bus,
+            tpot_s=promised.tpot_s,
+            corrected=not prepared.fixed,
+        )
+        engine = Engine(executor, scheduler, eos, clock, host_blocks, online)
+        info = _info(prepared, engine, eos)
+        undo.pop_all()  # it is the engine's now
+    return engine, info
 
 
 def eos_token_ids(directory: Path) -> tuple[int, ...]:
@@ -136,13 +116,13 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
     return ()
 
 
-def _weights_key(prepared: Prepared) -> str:
+def _weights_key(prepared: Prepared, device: torch.device) -> str:
     """Names the mirrors that replicas of this model share."""
     if prepared.directory is None:
         said = prepared.record.model_dump_json().encode()
         return f"paced {hashlib.sha256(said).hexdigest()[:24]}"
     config = prepared.config
-    return weights_key(prepared.directory, config.dtype, config.units)
+    return weights_key(prepared.directory, config.dtype, config.units, device)
 
 
 def _wait_for_memory(prepared: Prepared, device: torch.device, maps: UnitMaps) -> None:
@@ -182,6 +162,41 @@ def _placed(
         assert prepared.directory is not None
         model = load_model(prepared.directory, config.dtype, config.units)
     return Executor(model, placement, link, device, maps)
+
+
+def _scheduler(
+    prepared: Prepared,
+    executor: Executor,
+    host_blocks: HostBlocks,
+    clock: Callable[[], float],
+) -> Scheduler:
+    config, plan, record = prepared.config, prepared.plan, prepared.record
+    return Scheduler(
+        limits=Limits(
+            max_batch=plan.max_running,
+            max_step_tokens=config.max_step_tokens,
+            max_queue=config.max_queue,
+            max_tokens=capacity_tokens(plan, prepared.inputs),
+            vocab_size=executor.model.vocab_size if config.compute is None else ANY_TOKEN,
+            expected_output=config.workload.output_tokens,
+        ),
+        slo=config.slo.targets(),
+        latency=prepared.inputs.latency,
+        blocks=executor.blocks,
+        k=plan.k,
+        slots=plan.slots,
+        clock=clock,
+        swapping=Swapping(
+            space=host_blocks,
+            bytes_of=executor.cache.bytes_of,
+            block_copy_s=host_blocks.block_bytes / record.link_bytes_per_s + config.link.latency,
+        ),
+        turning=Turning(
+            k_min=plan.k_min,
+            k_most=lambda: min(executor.m, executor.cap),
+            blocks_at=executor.layout.blocks_at,
+        ),
+    )
 
 
 def _mirrored_units(prepared: Prepared) -> dict[int, int]:

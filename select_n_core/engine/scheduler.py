@@ -21,6 +21,7 @@ from select_n_core.decisions.facts import (
     Way,
 )
 from select_n_core.decisions.forecast import Forecast
+from select_n_core.decisions.interval import next_up
 from select_n_core.decisions.latency import LatencyModel
 from select_n_core.decisions.pace import pace_of
 from select_n_core.decisions.preemption import release
@@ -221,8 +222,7 @@ class Scheduler:
 
     def next_step(self) -> list[Turn]:
         """Decide the step, apply the decision and return everyone's turn."""
-        for lost in self._residence.settle(self.running.values()):
-            self._wait_again(lost, Way.RECOMPUTE)
+        self._arrive()
         self._forecast = None
         decision = plan_step(self.state(), self.latency)
         if decision.missed:
@@ -247,7 +247,12 @@ class Scheduler:
         return turns
 
     def release(self, blocks: int) -> None:
-        """Preempt the last running requests in service order until `blocks` came back."""
+        """Preempt the last running requests in service order until `blocks` came back.
+
+        Before every turn of k, also for no blocks: what is on its way back to a block must be
+        there before the block moves.
+        """
+        self._arrive()
         if blocks > 0:
             self._preempt(release(self.state(), blocks, self.latency))
 
@@ -276,7 +281,7 @@ class Scheduler:
             tpot_s=min(self._tpots_s, default=self.slo.tpot_s * TPOT_AIM),
             policy=self._policy,
             k_min=self.k if turning is None else turning.k_min,
-            k_up=self._k_up(exist),
+            k_up=self._k_up(),
             blocks_at=() if turning is None else turning.blocks_at,
             host_blocks=self._residence.host_blocks,
             block_copy_s=self._residence.block_copy_s,
@@ -286,12 +291,11 @@ class Scheduler:
             levels=self._ledger.levels(),
         )
 
-    def _k_up(self, blocks: int) -> int | None:
+    def _k_up(self) -> int | None:
         turning = self.turning
         if turning is None or not self.waiting:
             return None
-        larger = range(self.k + 1, turning.k_most() + 1)
-        return next((k for k in larger if turning.blocks_at[k] > blocks), None)
+        return next_up(self.k, turning.k_most(), turning.k_min, self.slots, turning.blocks_at)
 
     def _let_in(self, request_id: str) -> None:
         sequence = self.waiting.pop(request_id)
@@ -306,6 +310,10 @@ class Scheduler:
         self.running[request_id] = sequence
         if not self._residence.bring_back(sequence):
             self._wait_again(sequence, Way.RECOMPUTE)
+
+    def _arrive(self) -> None:
+        for lost in self._residence.settle(self.running.values()):
+            self._wait_again(lost, Way.RECOMPUTE)
 
     def _preempt(self, preemptions: tuple[Preemption, ...]) -> None:
         for request_id, way in preemptions:

@@ -26,7 +26,7 @@ class Arena:
         self._map: HostMap | None = None
         try:
             if device.type == "cpu":
-                self._map = HostMap(nbytes)
+                self._map = HostMap(nbytes, huge_pages=True)
                 self.bytes: Tensor = self._map.bytes
             else:
                 self.bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)

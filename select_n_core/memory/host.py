@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import Protocol
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from select_n_core.errors import SelectNError
+
+_HUGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone
 
 
 class HostBytes(Protocol):
@@ -29,15 +32,24 @@ class HostBytes(Protocol):
 
 
 class HostMap:
-    """An anonymous map of `nbytes` (rounded up to a page), as one flat uint8 tensor."""
+    """An anonymous map of `nbytes` (rounded up to a page), as one flat uint8 tensor.
+
+    Args:
+        huge_pages: take them where the system has them, for bytes that are read from all over.
+    """
 
     read_only: bool = False
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, huge_pages: bool = False) -> None:
         if nbytes < 1:
             raise SelectNError(f"a host map needs at least one byte, got {nbytes}")
         self.nbytes = nbytes
-        self._map: mmap.mmap | None = mmap.mmap(-1, nbytes)
+        # Shared memory has no huge pages by default; private memory has them for the asking.
+        shared = mmap.MAP_PRIVATE if huge_pages else mmap.MAP_SHARED
+        self._map: mmap.mmap | None = mmap.mmap(-1, nbytes, flags=shared | mmap.MAP_ANONYMOUS)
+        if huge_pages and _HUGE is not None:
+            with contextlib.suppress(OSError):  # of a kernel built without them; they are a wish
+                self._map.madvise(_HUGE)
         self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from select_n_core.kv.pick import AttentionKind, pick_attention
 from select_n_core.kv.upload import upload
 from select_n_core.links.base import Link
 from select_n_core.memory.arena import Arena
+from select_n_core.memory.workspace import keep_workspace
 from select_n_core.models.load import LoadedModel
 from select_n_core.offload.capture import GraphRuntime
 from select_n_core.offload.graphs import DecodeGraphs, DecodeRow, graph_runtime
@@ -67,6 +68,10 @@ class Executor:
         self._closed = False
         graphs = graphs or graph_runtime(placement.graphs, device)
         self.layout = self._layout()
+        # Static tensors stay plain: packing takes a tensor's size again for a moment, and an output
+        # head can be larger than the units that loading has room for.
+        for unit in model.units:
+            unit.pack(device)
         self.arena = Arena(placement.arena_bytes, device)
         self._mirrors = self._fill_mirrors(maps or PrivateMaps())
         self._homes = self._fill_homes()
@@ -82,14 +87,11 @@ class Executor:
             streamed=self.streamed,
             poison=placement.poison,
         )
-        self.cache = KVCache(
+        self.cache = self._make_cache(
             self.arena.region(
                 self.layout.lattice_offset,
                 self.layout.lattice_blocks * self.memory.kv_block_bytes,
-            ),
-            model.kv,
-            placement.block_tokens,
-            model.dtype,
+            )
         )
         self.blocks = BlockTable(
             self.layout.kv_ids(self.k), placement.block_tokens, self.layout.ring_id
@@ -107,6 +109,8 @@ class Executor:
                 graphs,
                 placement.graphs,
             )
+        if device.type == "cpu":
+            keep_workspace()  # of steps; what loading freed has gone back by now
 
     @property
     def attention(self) -> AttentionKind:
@@ -140,6 +144,8 @@ class Executor:
 
     def shortfall(self, k: int) -> int:
         """KV blocks that must be released before `turn(k)`."""
+        if self._ring_changes_hands(k):
+            return self.blocks.shortfall(self.layout.kv_ids(k))
         return self.blocks.shortfall(self._kept_ids(k))
 
     def turn(self, k: int) -> None:
@@ -147,7 +153,9 @@ class Executor:
 
         Costs no link bytes: a demoted unit's mirror exists, a promoted unit's next copy goes to
         its home. KV blocks in homes that are needed again move now; the homes and slots that the
-        next step frees hold KV after it.
+        next step frees hold KV after it. From k = 0 or to it, where the KV does not fit what lies
+        in neither homes nor ring, the ring is emptied and the KV goes from one to the other at
+        once: up to d units' copies that were ahead are lost.
 
         Raises:
             DeviceMemoryError: `shortfall(k)` blocks are in the way; nothing was changed.
@@ -155,6 +163,14 @@ class Executor:
         """
         if k > self.m:
             raise InputError(f"k can be {self.m} at most, as many are mirrored; got {k}", field="k")
+        if self._ring_changes_hands(k):
+            moves = self.blocks.resize(self.layout.kv_ids(k))
+            with torch.inference_mode():
+                self._streamer.restart(
+                    streamed_units(self.memory.units, k), partial(self.cache.move, moves)
+                )
+            self.k = k
+            return
         moves = self.blocks.resize(self._kept_ids(k))
         with torch.inference_mode():
             self.cache.move(moves)
@@ -288,6 +304,10 @@ class Executor:
         self._mirrors.close()
         self.arena.close()
 
+    def _make_cache(self, region: Tensor) -> KVCache:
+        """The KV cache over the bytes that blocks may ever lie in."""
+        return KVCache(region, self.model.kv, self.placement.block_tokens, self.model.dtype)
+
     def _layout(self) -> DeviceLayout:
         placement, k = self.placement, self.k
         k_min = k if placement.k_min is None else placement.k_min
@@ -304,6 +324,11 @@ class Executor:
         """The KV blocks that exist now and may stay while k turns to `k`."""
         now, then = self.blocks.ids, self.layout.kv_ids(k)
         return range(max(now.start, then.start), min(now.stop, then.stop))
+
+    def _ring_changes_hands(self, k: int) -> bool:
+        """Whether KV must leave the ring for homes, or homes for the ring, on the way to `k`."""
+        crosses = (self.k == 0) != (k == 0)
+        return crosses and self.blocks.shortfall(self._kept_ids(k)) > 0
 
     def _lend(self) -> None:
         """Every unit had its turn since k was set: what is not needed any more holds KV now."""

@@ -34,15 +34,9 @@ class PacedExecutor(Executor):
     ) -> None:
         super().__init__(model, placement, link, torch.device("cpu"), maps)
         self._timeline = timeline
-        self.cache = _UntouchedCache(
-            self.arena.region(
-                self.layout.lattice_offset,
-                self.layout.lattice_blocks * self.memory.kv_block_bytes,
-            ),
-            model.kv,
-            placement.block_tokens,
-            model.dtype,
-        )
+
+    def _make_cache(self, region: Tensor) -> KVCache:
+        return _UntouchedCache(region, self.model.kv, self.placement.block_tokens, self.model.dtype)
 
     def _forward(self, rows: Sequence[StepRow]) -> Tensor:
         with self._timeline.step(), self._streamer.iteration(self.streamed):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,10 +149,7 @@ class WeightStreamer:
 
         For a replica that has nothing to compute. Costs the bytes of the units it brings home.
         """
-        if self._active:
-            raise StreamingError("an iteration is running; it settles what is to be streamed")
-        self._want(frozenset(streamed))
-        self._restart()
+        self.restart(streamed)
         away = set(range(len(self._units))) - self._ring.wanted - self._ring.at_home
         copies = {
             unit: self._link.copy(
@@ -168,6 +165,24 @@ class WeightStreamer:
             self._ring.bring_home(unit)
             self._units[unit].bind(self._homes[unit])
             self._bound.add(unit)
+
+    def restart(
+        self, streamed: Collection[int], hand_over: Callable[[], None] | None = None
+    ) -> None:
+        """Stream `streamed` units from the next iteration on, which starts with an empty ring.
+
+        Args:
+            hand_over: called while slots, the homes of `streamed` units and those of units that
+                are still to be brought home are all the caller's, who has until it returns to
+                issue, as compute, what takes its bytes from one to the other.
+        """
+        if self._active:
+            raise StreamingError("an iteration is running; it settles what is to be streamed")
+        self._want(frozenset(streamed))
+        self._restart()
+        if hand_over is not None:
+            hand_over()
+            self._free_after_compute()
 
     def acquire(self, unit: int) -> None:
         """Make `unit`'s bytes present: compute waits for its copy, the host does not."""
@@ -267,9 +282,12 @@ class WeightStreamer:
         self._check(streamed)
         self._ring.want(streamed)
         # What held KV until now may be overwritten once the compute issued so far is over.
+        self._free_after_compute()
+        self._leave_homes()
+
+    def _free_after_compute(self) -> None:
         self._homes_free = self._link.compute_event()
         self._slot_free = [self._homes_free] * len(self._slots)
-        self._leave_homes()
 
     def _leave_homes(self) -> None:
         for unit in self._ring.leave_home():
@@ -288,9 +306,7 @@ class WeightStreamer:
         self._used.clear()  # one that failed is the iteration's error, not a time
         # Compute that was issued so far may still read a slot or a home: a forward that raised
         # released nothing, and a fresh arena may be memory that its last owner's compute uses.
-        now = self._link.compute_event()
-        self._slot_free = [now] * len(self._slots)
-        self._homes_free = now
+        self._free_after_compute()
         self._point_at_homes()
         self._leave_homes()
 

@@ -14,6 +14,7 @@ import transformers
 
 from select_n_core.config import DType, LinkConfig, UnitKind
 from select_n_core.models.source import model_config_hash
+from select_n_core.packed import signature
 from select_n_core.record import Fingerprint
 
 
@@ -48,8 +49,8 @@ def fingerprint(
     )
 
 
-def weights_key(directory: Path, dtype: DType, units: UnitKind) -> str:
-    """Names the bytes that the units of this checkpoint have in memory on this machine.
+def weights_key(directory: Path, dtype: DType, units: UnitKind, device: torch.device) -> str:
+    """Names the bytes that the units of this checkpoint have in memory for `device`.
 
     Two replicas whose keys are equal may share them, so it covers the files themselves, not only
     what the model is called.
@@ -60,7 +61,8 @@ def weights_key(directory: Path, dtype: DType, units: UnitKind) -> str:
         [name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns] for name, stat in stats
     ]
     versions = [version("select-n"), torch.__version__, transformers.__version__]
-    said = json.dumps([facts, model_config_hash(directory), dtype, units, versions])
+    layout = signature(getattr(torch, dtype), device)
+    said = json.dumps([facts, model_config_hash(directory), dtype, units, layout, versions])
     return hashlib.sha256(said.encode()).hexdigest()[:24]
 
 

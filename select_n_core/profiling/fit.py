@@ -70,8 +70,14 @@ def _robust(columns: _Array) -> _Array:
     weights = np.ones(len(columns))
     for _ in range(_ROUNDS):
         found = least_squares(columns * weights[:, None], weights)
-        weights = np.sqrt(np.minimum(1.0, _FAR / np.maximum(np.abs(columns @ found - 1), 1e-12)))
+        weights = closeness(columns @ found)
     return found
+
+
+def closeness(ratios: _Array) -> _Array:
+    """Weights of ratios near 1: what lies far off counts by its distance, not by its square."""
+    weights: _Array = np.sqrt(np.minimum(1.0, _FAR / np.maximum(np.abs(ratios - 1), 1e-12)))
+    return weights
 
 
 def least_squares(columns: _Array, target: _Array) -> _Array:

@@ -40,7 +40,8 @@ class Effort:
     def full(cls) -> Effort:
         """Minutes for a small model: 20 repeats of every shape, and a verdict on the fit."""
         return cls(
-            sweeps=5,
+            sweeps=10,  # a shared machine drifts from visit to visit, far more than within one
+            repeats=2,
             batches=(1, 2, 4, 8, 16, 32),
             contexts=(64, 512),
             chunks=(16, 40, 100, 256),
@@ -72,6 +73,20 @@ def fitted_shapes(effort: Effort, max_context: int) -> list[Shape]:
     return _within(shapes, max_context)
 
 
+def streamed_shapes(effort: Effort, max_context: int) -> list[Shape]:
+    """Those of the grid that are also measured with units streamed: of every kind one or two."""
+    low, high = effort.contexts[0], effort.contexts[-1]
+    some, most = effort.batches[len(effort.batches) // 2], effort.batches[-1]
+    shapes = [
+        _decode(some, low),
+        _chunk(0, effort.chunks[-2:][0]),
+        _decode(most, low),
+        _joined(_decode(some, high), _chunk(0, effort.chunks[::-2][-1])),
+    ]
+    measured = set(fitted_shapes(effort, max_context))
+    return [shape for shape in _within(shapes, max_context) if shape in measured]
+
+
 def held_out_shapes(effort: Effort, max_context: int) -> list[Shape]:
     """Steps between those of the grid, none of their sizes in it.
 
@@ -101,8 +116,8 @@ def held_out_shapes(effort: Effort, max_context: int) -> list[Shape]:
     return [shape for shape in _within(shapes, max_context) if shape not in measured]
 
 
-def held_out_ks(step_s: float, transfer_s: float, most: int, turn: int) -> tuple[int, ...]:
-    """k = 0 and two of three others, by turns: copies that hide, that balance, that bind.
+def streamed_ks(step_s: float, transfer_s: float, most: int, turn: int) -> tuple[int, ...]:
+    """Two of three k by turns: copies that hide, that balance, that bind.
 
     Args:
         step_s: of the shape at k = 0. most: units that may be streamed.
@@ -110,7 +125,7 @@ def held_out_ks(step_s: float, transfer_s: float, most: int, turn: int) -> tuple
     top = min(float(most), 1.6 * step_s / transfer_s)
     shares = (1 / 3, 2 / 3, 1.0)
     chosen = (shares[turn % 3], shares[(turn + 1) % 3])
-    return tuple(sorted({0, *(max(1, round(share * top)) for share in chosen)}))
+    return tuple(sorted({max(1, round(share * top)) for share in chosen}))
 
 
 def _decode(rows: int, context: int) -> Shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -19,28 +19,33 @@ from select_n_core.profiling.fit import fit_mode
 from select_n_core.profiling.grid import (
     Effort,
     fitted_shapes,
-    held_out_ks,
     held_out_shapes,
     probe_shape,
+    streamed_ks,
+    streamed_shapes,
 )
 from select_n_core.profiling.heldout import judged, p95
-from select_n_core.profiling.passes import BLOCK_TOKENS, Pass, Shape, typical
+from select_n_core.profiling.passes import BLOCK_TOKENS, Pass, Shape, middle, typical
 from select_n_core.profiling.rig import Case, Rig, placed
+from select_n_core.profiling.streamed import fit_streamed
 from select_n_core.profiling.sweeps import Progress, run_sweeps
-from select_n_core.profiling.transfers import Beside, copies_alone, copies_beside
+from select_n_core.profiling.transfers import copies_alone, copies_beside
 from select_n_core.record import (
     ColdSample,
     ComputeSample,
     Fingerprint,
     ModeRecord,
     PerformanceRecord,
+    StreamedSample,
     TransferSample,
 )
 
 __all__ = ["Effort", "Progress", "measure_record"]
 
 _SLOTS = 2
-_CALM = 0.6  # of a pass: copies that take as long never stall it
+# Of what is measured once, outside the sweeps; of the visits the least disturbed one counts.
+_VISITS = 3
+_REPEATS = 4
 
 
 def measure_record(
@@ -65,18 +70,13 @@ def measure_record(
         report("transfers", 0.0)
         copies = copies_alone(link, device, memory.unit_bytes, effort.sweeps * effort.repeats)
         report("units that come late", 0.01)
-        late = _late(model, link, device, effort)
+        late = _late(model, link, device, probe_shape(effort))
         found = _measured(model, link, device, effort, copies, report)
     finally:
         link.close()
     report("done", 1.0)
     units, noise = memory.units, found.noise
-    cold = ColdSample(
-        streamed_extra_s=found.streamed_extra_s,
-        stalled_extra_s=late.extra_s,
-        stall_s=late.wait_s,
-        copy_slowdown=found.copy_slowdown,
-    )
+    cold = ColdSample(streamed_extra_s=0.0, stalled_extra_s=late.extra_s, stall_s=late.wait_s)
     resident: ModeRecord | None = None
     if found.resident:
         samples = _samples(found.resident)
@@ -91,8 +91,10 @@ def measure_record(
         transfer_s=copies[0].alone_s,
         streaming=fit_mode(_samples(found.streaming), cold, compute_threads(1), units, noise),
         resident=resident,
+        streamed=_streamed_samples(found.streamed),
         seconds=time.perf_counter() - begun_s,
     )
+    record = fit_streamed(record)
     held_out = judged(record.latency_model(), found.held_out, _SLOTS)
     judgement = {
         "held_out": held_out,
@@ -115,11 +117,10 @@ class _Measured:
     """Passes of every case that counted, by what they are for."""
 
     transfers: list[TransferSample]
-    copy_slowdown: float
-    streamed_extra_s: float
     streaming: Mapping[Case, list[Pass]]
     resident: Mapping[Case, list[Pass]]
     resident_threads: int
+    streamed: Mapping[Case, list[Pass]]
     held_out: Mapping[Case, list[Pass]]
     noise: float
 
@@ -128,13 +129,11 @@ def _silent(_what: str, _done: float) -> None:
     return None
 
 
-def _late(model: LoadedModel, link: Link, device: torch.device, effort: Effort) -> _Late:
+def _late(model: LoadedModel, link: Link, device: torch.device, probe: Shape) -> _Late:
     """With a single slot and all units streamed, compute waits for every copy."""
-    probe = probe_shape(effort)
     with placed(model, link, device, [probe], slots=1) as rig:
         idle, stalled = (
-            # Of a few visits the one that was least disturbed.
-            min((rig.run(case, effort.repeats) for _ in range(3)), key=_wall_s)
+            min((rig.run(case, _REPEATS) for _ in range(_VISITS)), key=_wall_s)
             for case in (Case(probe, rig.streaming_k), Case(probe, rig.room.most))
         )
     extra_s = typical(stalled, "streamed_s") - typical(idle, "home_s")
@@ -159,83 +158,55 @@ def _measured(
     with placed(model, link, device, wanted, _SLOTS) as rig:
         shapes = [shape for shape in shapes if shape.blocks() <= rig.room.blocks]
         others = [shape for shape in others if shape.blocks() <= rig.room.blocks]
+        beside = [s for s in streamed_shapes(effort, model.max_context) if s in shapes]
         probe = Case(probe_shape(effort), rig.streaming_k)
         report("threads", 0.02)
-        rig.resident_threads = _resident_threads(rig, probe.shape, effort.repeats)
+        rig.resident_threads = _resident_threads(rig, probe.shape)
         report("copies beside compute", 0.03)
-        others_beside = copies_beside(rig, probe, copies[1:], effort.repeats)
-        calm = Case(probe.shape, _calm_k(rig, probe, copies[0].alone_s, effort.repeats))
+        transfers = copies_beside(rig, probe, copies, effort.sweeps * effort.repeats)
         streaming = [Case(shape, rig.streaming_k) for shape in shapes]
         resident = [Case(shape, 0, resident=True) for shape in shapes if not rig.room.least]
-        held_out = _held_out(rig, others, copies[0].alone_s)
-        beside = [replace(case, beside=True) for case in _busy(streaming, probe)]
-        with Beside(rig, copies[0]) as link_busy:
-
-            def visit(case: Case) -> list[Pass]:
-                return (link_busy.visit if case.beside else rig.run)(case, effort.repeats)
-
-            passes, noise = run_sweeps(
-                visit,
-                sorted(
-                    [*streaming, *beside, calm, *resident, *held_out],
-                    key=lambda case: case.resident,
-                ),
-                effort.sweeps,
-                lambda what, done: report(what, 0.1 + 0.9 * done),
-            )
-        extra_s = typical(passes[calm], "streamed_s") - typical(passes[calm], "home_s")
+        streamed = _streamed(rig, beside, copies[0].alone_s)
+        held_out = _streamed(rig, others, copies[0].alone_s)
+        if not rig.room.least:
+            held_out += [Case(shape, 0, resident=True) for shape in others]
+        passes, noise = run_sweeps(
+            lambda case: rig.run(case, effort.repeats),
+            list(dict.fromkeys([*streaming, *resident, *streamed, *held_out])),
+            effort.sweeps,
+            lambda what, done: report(what, 0.1 + 0.9 * done),
+        )
         return _Measured(
-            transfers=[link_busy.sample(), *others_beside],
-            copy_slowdown=_slowdown(passes, beside),
-            streamed_extra_s=max(0.0, extra_s),
+            transfers=transfers,
             streaming={case: passes[case] for case in streaming},
             resident={case: passes[case] for case in resident},
             resident_threads=rig.resident_threads,
+            streamed={case: passes[case] for case in streamed},
             held_out={case: passes[case] for case in held_out},
             noise=noise,
         )
 
 
-def _busy(cases: Sequence[Case], probe: Case) -> list[Case]:
-    """What is also run beside copies: the probe, and a prompt of middling length."""
-    prompts = [case for case in cases if not case.shape.facts().decode_rows]
-    return [case for case in cases if case == probe] + prompts[len(prompts) // 2 :][:1]
-
-
-def _slowdown(passes: Mapping[Case, Sequence[Pass]], beside: Sequence[Case]) -> float:
-    """By how much units at home grow beside copies that never pause."""
-    ratios = [
-        typical(passes[case], "home_s") / typical(passes[replace(case, beside=False)], "home_s")
-        for case in beside
-    ]
-    return max(0.0, statistics.mean(ratios) - 1) if ratios else 0.0
-
-
-def _resident_threads(rig: Rig, shape: Shape, repeats: int) -> int:
+def _resident_threads(rig: Rig, shape: Shape) -> int:
     """All cores are not always faster: layers of a small model are over before they share work."""
     if rig.room.least:
         return compute_threads(1)
     walls_s: dict[int, float] = {}
-    for threads in {1, compute_threads(0)}:
-        rig.resident_threads = threads
-        walls_s[threads] = typical(rig.run(Case(shape, 0, resident=True), 2 * repeats), "wall_s")
+    for _ in range(_VISITS):
+        for threads in {1, compute_threads(0)}:
+            rig.resident_threads = threads
+            wall_s = _wall_s(rig.run(Case(shape, 0, resident=True), _REPEATS))
+            walls_s[threads] = min(wall_s, walls_s.get(threads, wall_s))
     return min(walls_s, key=walls_s.__getitem__)
 
 
-def _calm_k(rig: Rig, probe: Case, transfer_s: float, repeats: int) -> int:
-    """The most units whose copies never stall the probe; at least one."""
-    pass_s = typical(rig.run(probe, repeats), "wall_s")
-    most = min(rig.room.most, rig.executor.memory.units - 1)
-    return max(1, rig.room.least, min(most, int(_CALM * pass_s / transfer_s)))
-
-
-def _held_out(rig: Rig, shapes: Sequence[Shape], transfer_s: float) -> list[Case]:
-    """Every held-out shape at several k."""
+def _streamed(rig: Rig, shapes: Sequence[Shape], transfer_s: float) -> list[Case]:
+    """Every shape with a few units streamed, with more, or with most of them."""
     cases: list[Case] = []
     for turn, shape in enumerate(shapes):
         step_s = typical(rig.run(Case(shape, rig.room.least), 1), "wall_s")
-        ks = held_out_ks(step_s, transfer_s, rig.room.most, turn)
-        cases += [Case(shape, k, resident=not k) for k in ks if k >= rig.room.least]
+        ks = streamed_ks(step_s, transfer_s, rig.room.most, turn)
+        cases += [Case(shape, k) for k in ks if k >= rig.room.least]
     return cases
 
 
@@ -253,8 +224,28 @@ def _sample(shape: Shape, passes: Sequence[Pass]) -> ComputeSample:
         prefill_pairs=facts.prefill_pairs,
         chunks=facts.chunks,
         rows=len(shape.rows),
-        unit_s=typical(passes, "home_s"),
-        outside_s=typical(passes, "outside_s"),
+        unit_s=statistics.mean(each.home_s for each in middle(passes)),
+        outside_s=statistics.mean(each.outside_s for each in middle(passes)),
         variation=statistics.pstdev(walls_s) / statistics.mean(walls_s),
         repeats=len(passes),
     )
+
+
+def _streamed_samples(passes: Mapping[Case, Sequence[Pass]]) -> tuple[StreamedSample, ...]:
+    samples = []
+    for case, each in passes.items():
+        facts = case.shape.facts()
+        samples.append(
+            StreamedSample(
+                decode_rows=facts.decode_rows,
+                context_tokens=facts.context_tokens,
+                prefill_tokens=facts.prefill_tokens,
+                prefill_pairs=facts.prefill_pairs,
+                chunks=facts.chunks,
+                rows=len(case.shape.rows),
+                k=case.k,
+                slots=_SLOTS,
+                seconds=tuple(one.wall_s for one in each),
+            )
+        )
+    return tuple(samples)

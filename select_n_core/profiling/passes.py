@@ -58,6 +58,13 @@ def typical(
     return float(statistics.median(getattr(each, name) for each in passes))
 
 
+def middle(passes: Sequence[Pass]) -> list[Pass]:
+    """About half of them, those whose walls lie in the middle: their means add up to a wall."""
+    ordered = sorted(passes, key=lambda each: each.wall_s)
+    off = (len(ordered) + 1) // 4
+    return ordered[off : len(ordered) - off]
+
+
 def run_passes(
     executor: Executor,
     clock: HostClock | DeviceClock,

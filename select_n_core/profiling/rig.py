@@ -50,13 +50,11 @@ class Case:
 
     Attributes:
         resident: in the thread mode of k = 0; else in that of streaming, also at k = 0.
-        beside: copies that nobody waits for go over the link all the time.
     """
 
     shape: Shape
     k: int
     resident: bool = False
-    beside: bool = False
 
 
 class Rig:

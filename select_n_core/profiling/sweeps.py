@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,7 @@ from select_n_core.profiling.passes import Pass, typical
 from select_n_core.profiling.rig import Case
 
 _UNDISTURBED = 1.08
-_MOST_SWEEPS = 2  # times those asked for, until enough are undisturbed
+_MOST_MORE = 3  # sweeps beyond those asked for, until enough are undisturbed
 
 Progress = Callable[[str, float], None]  # what is measured now, share done
 
@@ -33,7 +34,8 @@ def run_sweeps(
 ) -> tuple[dict[Case, list[Pass]], float]:
     """Passes of every case from `sweeps` undisturbed sweeps, as far as they can be had.
 
-    A neighbour's burst does not hit all repeats of one case, and drift hits all cases alike.
+    Every sweep takes the cases in an order of its own: a neighbour's burst does not hit all
+    repeats of one case, and what drifts within a sweep does not set cases of one kind apart.
     Whether a sweep counts is judged by its whole length, before anything is fitted.
 
     Args:
@@ -47,11 +49,11 @@ def run_sweeps(
     furthest = 0.0
     visit(cases[0])  # the first case would pay for cold caches
     while (missing := sweeps - len(undisturbed(found))) > 0:
-        if len(found) == _MOST_SWEEPS * sweeps:
+        if len(found) == sweeps + _MOST_MORE:
             break
         sweep: Sweep = {}
-        there_and_back = cases if len(found) % 2 == 0 else cases[::-1]
-        for number, case in enumerate(there_and_back):
+        shuffled = random.Random(len(found)).sample(cases, len(cases))
+        for number, case in enumerate(shuffled):
             run = len(found) + number / len(cases)
             furthest = max(furthest, run / (len(found) + missing))
             progress(_said(case), furthest)
@@ -66,6 +68,4 @@ def run_sweeps(
 def _said(case: Case) -> str:
     facts = case.shape.facts()
     mode = f"k = {case.k}" if case.k else "resident" if case.resident else "streaming"
-    if case.beside:
-        mode = "beside copies"
     return f"{mode}: {facts.decode_rows} rows, {facts.prefill_tokens} prompt tokens"

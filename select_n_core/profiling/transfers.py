@@ -1,4 +1,4 @@
-"""Copies by themselves, copies beside compute, and compute beside copies."""
+"""Copies by themselves, and beside compute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from select_n_core.links.base import Copy, Direction, Link
 from select_n_core.memory.host import HostMap
-from select_n_core.profiling.passes import Pass, typical
+from select_n_core.profiling.passes import typical
 from select_n_core.profiling.rig import Case, Rig
 from select_n_core.record import TransferSample
 
@@ -80,50 +80,21 @@ def copies_alone(
     return samples
 
 
-class Beside:
-    """Copies of one kind that never pause while a case computes.
-
-    Attributes:
-        seconds: of every copy that ended before the compute beside it did.
-    """
-
-    def __init__(self, rig: Rig, alone: TransferSample) -> None:
-        self.seconds: list[float] = []
-        self._rig = rig
-        self._alone = alone
-        self._places = _Elsewhere(rig.link, rig.device, alone.nbytes)
-
-    def __enter__(self) -> Beside:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._places.close()
-
-    def visit(self, case: Case, repeats: int) -> list[Pass]:
-        """Passes of `case` of which each has a copy beside it at any time."""
-        wall_s = typical(self._rig.run(case, 1), "wall_s")
-        count = min(_MOST_COPIES, math.ceil(_LONGER * wall_s / self._alone.alone_s))
-        passes: list[Pass] = []
-        for _ in range(repeats):
-            copies = self._places.issue(Direction(self._alone.direction), count)
-            passes.append(self._rig.run_once(case))
-            inside = sum(copy.done() for copy in copies)  # the others end after the pass
-            self._rig.link.drain()
-            self.seconds += [copy.duration_s() for copy in copies[:inside]]
-        return passes
-
-    def sample(self) -> TransferSample:
-        """The copies with their times beside compute."""
-        return self._alone.model_copy(update={"beside_compute_s": tuple(self.seconds)})
-
-
 def copies_beside(
     rig: Rig, case: Case, alone: Sequence[TransferSample], repeats: int
 ) -> list[TransferSample]:
-    """Copies of several kinds while `case` computes."""
+    """The same copies without a pause while `case` computes; those that end before it does."""
+    wall_s = typical(rig.run(case, repeats), "wall_s")
     found = []
     for sample in alone:
-        with Beside(rig, sample) as beside:
-            beside.visit(case, repeats)
-            found.append(beside.sample())
+        count = min(_MOST_COPIES, math.ceil(_LONGER * wall_s / sample.alone_s))
+        seconds: list[float] = []
+        with _elsewhere(rig.link, rig.device, sample.nbytes) as places:
+            for _ in range(repeats):
+                copies = places.issue(Direction(sample.direction), count)
+                rig.run_once(case)
+                inside = sum(copy.done() for copy in copies)
+                rig.link.drain()
+                seconds += [copy.duration_s() for copy in copies[:inside]]
+        found.append(sample.model_copy(update={"beside_compute_s": tuple(seconds)}))
     return found

@@ -198,6 +198,31 @@ def check_turning_k(bench: Bench, ks: Sequence[int], slots: int) -> None:
             assert away == (unit in executor.streamed)
 
 
+def check_turning_a_full_k(bench: Bench, ks: Sequence[int], slots: int, crowd: int) -> None:
+    """As `check_turning_k`, where so many blocks are taken that k = 0 needs those in the ring."""
+    with bench.placed(k=0, k_min=0, mirrors=LAYERS, slots=slots, poison=True) as executor:
+        before, streamed = bench.link.counters.bytes[SENT], 0
+        executor.blocks.reserve("crowd", crowd * executor.placement.block_tokens)
+
+        def turn(step: int) -> None:
+            nonlocal streamed
+            k, last = ks[step % len(ks)], executor.k
+            if executor.blocks.blocks - executor.blocks.free_blocks > len(
+                executor.layout.kv_ids(k)
+            ):
+                assert executor.shortfall(k) > 0
+                k = last
+            assert executor.shortfall(k) == 0
+            executor.turn(k)
+            streamed += max(last, k) + (slots if k != last else 0)
+
+        bench.check_answers(executor, between=turn)
+        executor.blocks.release("crowd")
+        assert executor.blocks.free_blocks == len(executor.layout.kv_ids(executor.k))
+        sent = bench.link.counters.bytes[SENT] - before
+        assert sent <= (streamed + slots) * executor.memory.unit_bytes[0]
+
+
 def check_steady_bytes_after_turning(bench: Bench) -> None:
     """Once k stands still again, an iteration moves k units, as if it had never moved."""
     with bench.placed(k=4, k_min=0, mirrors=LAYERS) as executor:

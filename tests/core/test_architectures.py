@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from parity import CPU, answers_of, answers_of_transformers, assert_same, placed, random_prompts
+from parity import (
+    CPU,
+    Answer,
+    answers_of,
+    answers_of_transformers,
+    assert_same,
+    placed,
+    random_prompts,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,6 +30,7 @@ from select_n_core.models.load import (
     take_apart,
 )
 from select_n_core.models.seam import AttentionTraits
+from select_n_core.packed import PackedWeight, layout_of
 
 torch.set_num_threads(1)
 
@@ -29,6 +38,7 @@ EMBEDDING = "model.embed_tokens.weight"
 VOCAB = 128
 NEW_TOKENS = 12
 PROMPTS = random_prompts([20, 1, 9, 14], VOCAB)
+NOTHING_IS_PACKED = layout_of(torch.Size((64, 64)), torch.bfloat16) is None
 WINDOW = 8  # shorter than the prompts, so that a forgotten window changes the answer
 
 SHAPE = {
@@ -43,6 +53,19 @@ SHAPE = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+# Sizes of whole blocks, which a weight must have to be packed.
+PACKED_SHAPE = dict.fromkeys(
+    (
+        "hidden_size",
+        "intermediate_size",
+        "intermediate_size_mlp",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "ffn_dim",
+        "word_embed_proj_dim",
+    ),
+    128,
+)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -343,6 +366,28 @@ def test_half_layers_stream_into_the_same_tokens(name, link):
     for k, slots in [(0, 1), (1, 1), (3, 2), (halves - 1, 3), (halves, 1), (halves, 2)]:
         with placed(model, link, CPU, k=k, slots=slots, poison=True) as executor:
             assert_same(answers_of(executor, PROMPTS[:2], NEW_TOKENS, 7), expected, atol=1e-4)
+
+
+@pytest.mark.skipif(NOTHING_IS_PACKED, reason="this processor has no bfloat16 kernels")
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"gpt2"}))  # it has no linear layers
+def test_packed_weights_change_no_bit(name, link, monkeypatch):
+    known = SHAPE | CASES[name].config
+    shape = {key: size for key, size in PACKED_SHAPE.items() if key in known}
+
+    def answers(k: int) -> tuple[list[Answer], bool]:
+        """With k units streamed; and whether any weight was packed."""
+        model = take_apart(build(name, **shape).to(torch.bfloat16))
+        with placed(model, link, CPU, k=k) as executor:
+            held = [tensor for unit in model.units for tensor in unit.tensors()]
+            packed = any(isinstance(tensor, PackedWeight) for tensor in held)
+            return answers_of(executor, PROMPTS, 4, chunk=7), packed
+
+    found, packed = answers(k=1)
+    assert packed
+    monkeypatch.setattr("select_n_core.units.layout_of", lambda shape, dtype: None)
+    expected, packed = answers(k=0)
+    assert not packed
+    assert_same(found, expected, atol=0)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

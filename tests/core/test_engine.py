@@ -1,6 +1,7 @@
 """The engine on a tiny model: tokens equal transformers', and every request has its own end."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import EOS_TOKEN_ID
 from virtual import VirtualClock
 
 from select_n_core.decisions.bus import SHARED, Grant
-from select_n_core.decisions.facts import Reason
+from select_n_core.decisions.facts import Cause, Reason
 from select_n_core.engine.messages import FinishReason, Output, Request, SamplingParams
 from select_n_core.engine.online import OnlineModel
 from select_n_core.errors import (
@@ -354,6 +355,33 @@ class TestPreemption:
             for asked in requests:
                 assert heard.tokens(asked.id) == oracle(asked)
 
+    def test_from_k_0_homes_are_lent_to_those_who_wait_and_go_back_and_no_token_changes(
+        self, oracle
+    ):
+        requests = [request(str(n), 70, 24, text=n, ignore_eos=True) for n in range(4)]
+        now_s = [0.0]
+        with running_engine(0, k_min=0, blocks=20, clock=lambda: now_s[0], max_batch=8) as engine:
+            heard, executor = Heard(engine), engine.executor
+            assert executor.layout.blocks_at[0] // 6 == 3  # blocks of a request
+            engine.scheduler.latency = replace(LATENCY, transfer_s=2.5e-4)  # k = 0 is faster
+            now_s[0] = 1000.0  # it was calm for long
+            for asked in requests:
+                engine.submit(asked)
+            turns, most = [], 0
+            for _ in range(100):
+                if not engine.scheduler.waiting and executor.k:
+                    now_s[0] += 100.0  # it is calm for long, and nobody waits for KV
+                report = engine.step()
+                heard.hear(report)
+                turns += [turn[1:] for turn in report.turned]
+                most = max(most, len(engine.scheduler.running))
+            assert engine.idle
+            assert turns == [(0, 3, Cause.KV), (3, 0, Cause.SPARE)]
+            assert most == 4
+            assert engine.stats().recomputes == engine.stats().swaps == 0
+            for asked in requests:
+                assert heard.tokens(asked.id) == oracle(asked)
+
     def test_a_turn_out_of_range_is_refused_and_preempts_nobody(self):
         with running_engine(3, k_min=1, blocks=6) as engine:
             heard = Heard(engine)
@@ -365,8 +393,9 @@ class TestPreemption:
             heard.run()
 
     @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("least", [0, 1])
     def test_parity_under_random_turns_preemptions_cancellations_and_failures(
-        self, oracle, seed, monkeypatch
+        self, oracle, seed, least, monkeypatch
     ):
         """Blocks are short, k jumps about, some are cancelled, one ends in a failing forward."""
         draw = random.Random(seed)
@@ -377,7 +406,10 @@ class TestPreemption:
         }
         cancelled = set()
         host_blocks = draw.choice([0, 4, 60])
-        with running_engine(4, k_min=1, blocks=7, host_blocks=host_blocks, max_batch=6) as engine:
+        blocks = 7 if least else 13  # at k = 0 the ring takes twelve of them
+        with running_engine(
+            4, k_min=least, blocks=blocks, host_blocks=host_blocks, max_batch=6
+        ) as engine:
             heard, step = Heard(engine), engine.executor.step
 
             def fails_on_the_bad_one(rows):
@@ -394,7 +426,7 @@ class TestPreemption:
                 if left and draw.random() < 0.3:
                     engine.submit(left.pop())
                 if draw.random() < 0.3:
-                    engine.turn(draw.randint(1, 6))
+                    engine.turn(draw.randint(least, 6))
                 if draw.random() < 0.05:
                     name = draw.choice([*requests])
                     if engine.scheduler.find(name) is not None:

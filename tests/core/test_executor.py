@@ -227,6 +227,39 @@ class TestTurningK:
             bench.check_answers(executor, between=crowd)
             assert moved in executor.blocks.ids
 
+    @given(
+        st.lists(st.sampled_from([0, 0, 1, 3, 4, LAYERS]), min_size=1, max_size=10),
+        st.integers(1, 3),
+        st.integers(10, 24),
+    )
+    @settings(max_examples=25, deadline=None)
+    def test_tokens_do_not_notice_how_full_the_ring_was(self, bench, ks, slots, crowd):
+        streaming.check_turning_a_full_k(bench, ks, slots, crowd)
+
+    def test_with_the_ring_full_of_kv_homes_take_it_and_give_it_back(self, bench):
+        with bench.placed(k=0, k_min=0, mirrors=4, poison=True) as executor:
+            layout = executor.layout
+            inner = layout.ring_id - layout.kv_ids(0).start  # blocks in neither home nor ring
+            executor.blocks.reserve("crowd", inner * 8)
+            executor.blocks.reserve("more", 8 * 8)
+            in_ring, in_homes = [], []
+
+            def turn(step: int) -> None:
+                if step and not executor.k:
+                    in_ring.append(max(executor.blocks.table("more")) >= layout.ring_id)
+                elif step:
+                    in_homes.append(min(executor.blocks.table("more")) < layout.kv_ids(0).start)
+                k = (0, 4)[step % 2]
+                assert executor.shortfall(k) == 0
+                executor.turn(k)
+                assert executor.blocks.ids == layout.kv_ids(k)
+
+            bench.check_answers(executor, between=turn)
+            assert all(in_ring)
+            assert all(in_homes)
+            assert in_ring
+            assert in_homes
+
     def test_too_many_blocks_in_use_say_how_many_must_go_and_change_nothing(self, bench):
         with bench.placed(k=3, k_min=0, mirrors=3) as executor:
             executor.blocks.reserve("all", executor.blocks.free_tokens)
@@ -249,6 +282,7 @@ class TestTheLease:
         for _ in range(steps):
             bench.one_step(executor)
             executor.tend()
+            bench.link.drain()  # a mirror is there as soon as it is written
 
     def mirrored(self, executor, count):
         return executor.memory.mirrored_bytes(count)

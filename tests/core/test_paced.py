@@ -1,5 +1,6 @@
 """Paced compute: a record's times without its weights, on real streaming, blocks and memory."""
 
+import threading
 import time
 from contextlib import aclosing, contextmanager
 
@@ -15,11 +16,13 @@ from virtual import VirtualClock, VirtualLink
 from select_n_core.decisions.law import iteration_s
 from select_n_core.decisions.layout import arena_bytes_for
 from select_n_core.decisions.plan import make_plan
+from select_n_core.engine import build
 from select_n_core.engine.build import build_engine
 from select_n_core.engine.client import ProcessClient
 from select_n_core.engine.messages import FinishReason, Request, SamplingParams
 from select_n_core.engine.planning import plan_inputs
-from select_n_core.errors import ConfigError, InputError, StreamingError
+from select_n_core.errors import ConfigError, EngineError, InputError, StreamingError
+from select_n_core.links.board import Member
 from select_n_core.links.paced import SAMPLE_BYTES, PacedLink, Timeline
 from select_n_core.links.pacer import Pacer
 from select_n_core.models.paced import VOCAB_SIZE, paced_model
@@ -371,6 +374,55 @@ class TestEngine:
             grown = psutil.Process().memory_info().rss - before
         assert info.host_bytes > gib // 2
         assert grown < 64 << 20
+
+    def test_from_k_0_to_more_and_back_with_its_kv_full_it_preempts_nobody(self, tmp_path):
+        workload = {"prompt_tokens": 64, "output_tokens": 32, "rate": 1.0}
+        config = far(tmp_path, device_memory="704KiB", workload=workload)
+        with serving(config) as (engine, info):
+            heard, executor = Heard(engine), engine.executor
+            assert (info.k, executor.layout.k_min) == (0, 0)
+            most = min(executor.m, executor.cap)
+            names = [f"r{number}" for number in range(4)]
+            for name in names:
+                engine.submit(request(name, tokens=200, length=60))
+            for k in (most, 0, most, 0):
+                for _ in range(10):
+                    heard.step()
+                assert len(engine.scheduler.running) > 1
+                ring = executor.layout.lattice_blocks - executor.layout.ring_id
+                owned = executor.blocks.blocks - executor.blocks.free_blocks
+                free = len(executor.layout.kv_ids(0)) - ring  # neither in a home nor in the ring
+                assert owned > free
+                engine.turn(k)
+                assert executor.blocks.ids == executor.layout.kv_ids(k)
+                assert engine.stats().recomputes == engine.stats().swaps == 0
+            heard.run(5000)
+        assert all(len(heard.tokens(name)) == 200 for name in names)
+
+
+class TestFailedBuild:
+    """What was taken before it failed."""
+
+    @pytest.mark.parametrize("failing", ["_placed", "HostBlocks", "Scheduler", "Engine", "_info"])
+    def test_it_leaves_no_seat_on_the_bus_no_thread_and_no_mirror(
+        self, tmp_path, monkeypatch, failing
+    ):
+        made = record()
+        link = {"kind": "emulated", "bandwidth": made.link_bytes_per_s, "bus": {"name": "failed"}}
+        config = far(tmp_path, made, link=link)
+
+        def fails(*_: object, **__: object) -> None:
+            raise EngineError("no further")
+
+        monkeypatch.setattr(build, failing, fails)
+        with Member("failed", made.link_bytes_per_s) as first:
+            threads = set(threading.enumerate())
+            files = psutil.Process().num_fds()  # mirrors and seats hold some
+            with pytest.raises(EngineError, match="no further"):
+                build_engine(config)
+            assert first.members == 1
+            assert set(threading.enumerate()) == threads
+            assert psutil.Process().num_fds() == files
 
 
 def _stepped(heard: Heard):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from select_n_core.decisions.candidate import TPOT_MARGIN, PlanInputs
+from select_n_core.decisions.candidate import TPOT_MARGIN, PlanInputs, evaluate
+from select_n_core.decisions.interval import WORTH
 from select_n_core.decisions.latency import ComputeModel, LatencyModel, StepShape
 from select_n_core.decisions.layout import ModelMemory, arena_bytes_for
 from select_n_core.decisions.plan import (
@@ -158,6 +159,41 @@ class TestDemo:
         assert capacity_tokens(plan, replace(inputs, max_context=300)) == 300
 
 
+class TestLendingFromNothingStreamed:
+    """k = 0 is best for typical requests; mirrors are pinned if other requests gain by them."""
+
+    def test_homes_may_be_lent_where_more_requests_than_fit_would_be_in_time(self):
+        plan = make_plan(demo(device_mib=290))
+        assert (plan.k, plan.k_min, plan.note) == (0, 0, Note.OFFLOAD_NOT_NEEDED)
+        assert plan.mirrors == upper_k(plan) > 2
+        assert plan.candidates[plan.mirrors].kv_tokens > plan.kv_tokens
+        assert plan.host_bytes == DEMO_MEMORY.mirrored_bytes(plan.mirrors)
+        assert plan.message.endswith(f"until requests wait for KV, then up to k = {plan.mirrors}")
+
+    def test_nothing_is_pinned_where_time_binds_before_kv_does(self):
+        plan = make_plan(demo(device_mib=320))
+        assert (plan.k, plan.k_min, plan.mirrors, plan.host_bytes) == (0, 0, 0, 0)
+        assert plan.message == "everything fits on the device: nothing is streamed"
+
+    def test_host_memory_bounds_what_may_be_lent(self):
+        few = make_plan(demo(device_mib=290, host_mib=7 * 7_080_192 / MIB))
+        assert (few.k, few.mirrors) == (0, 7)
+        none = make_plan(demo(device_mib=290, host_mib=2 * 7_080_192 / MIB))
+        assert (none.mirrors, none.host_bytes) == (0, 0)  # as many as slots free nothing
+
+    def test_a_fixed_interval_of_none_pins_nothing(self):
+        assert make_plan(demo(device_mib=290, forced_k=0)).host_bytes == 0
+
+    def test_a_context_too_short_to_fill_the_kv_pins_nothing(self):
+        assert make_plan(demo(device_mib=290, max_context=192, max_batch=2)).mirrors == 0
+
+    def test_a_request_longer_than_all_kv_of_k_0_is_taken(self):
+        inputs = demo(device_mib=275, rate_per_s=0.1)
+        plan = make_plan(inputs)
+        assert plan.k == 0
+        assert capacity_tokens(plan, inputs) > plan.kv_tokens
+
+
 class TestForcedInterval:
     def test_it_is_obeyed_and_noted(self):
         plan = make_plan(demo(forced_k=9))
@@ -294,6 +330,25 @@ def test_a_feasible_plan_keeps_every_limit(inputs):
     else:
         assert plan.reason is not None
         assert plan.max_batch == 0
+
+
+@planning
+@given(situations(), st.data())
+def test_homes_are_lent_from_k_0_only_if_some_prompt_is_served_more_often(inputs, data):
+    inputs = replace(inputs, max_context=20_000)
+    plan = make_plan(inputs)
+    assume(plan.feasible and not plan.k and plan.k_max)
+    resident, size = plan.candidates[0], inputs.memory.block_tokens
+    lending = [c.k for c in plan.candidates if c.feasible and c.kv_tokens > resident.kv_tokens]
+    lending = [k for k in lending if k > inputs.slots]
+    if plan.mirrors:
+        assert plan.mirrors == max(lending)
+        return
+    longest = min(inputs.max_context, resident.kv_tokens + size) // size
+    tokens = data.draw(st.integers(inputs.output_tokens // size + 1, longest)) * size
+    sized = replace(inputs, prompt_tokens=tokens - inputs.output_tokens)
+    without = evaluate(sized, 0).requests_per_s
+    assert all(evaluate(sized, k).requests_per_s <= without * (1 + WORTH) for k in lending)
 
 
 @planning

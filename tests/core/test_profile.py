@@ -23,12 +23,17 @@ from select_n_core.offload.placement import model_memory
 from select_n_core.profiling import rig
 from select_n_core.profiling.clock import DeviceClock
 from select_n_core.profiling.fingerprint import fingerprint
-from select_n_core.profiling.grid import fitted_shapes, held_out_ks, held_out_shapes
+from select_n_core.profiling.grid import (
+    fitted_shapes,
+    held_out_shapes,
+    streamed_ks,
+    streamed_shapes,
+)
 from select_n_core.profiling.heldout import goal, p95, split_half_noise
 from select_n_core.profiling.measure import Effort, measure_record
-from select_n_core.profiling.passes import Pass, Shape, run_passes
+from select_n_core.profiling.passes import Pass, Shape, middle, run_passes
 from select_n_core.profiling.rig import Case, find_room, placed
-from select_n_core.profiling.sweeps import Sweep, undisturbed
+from select_n_core.profiling.sweeps import Sweep, run_sweeps, undisturbed
 from select_n_core.record import load_record
 
 torch.set_num_threads(1)
@@ -96,6 +101,14 @@ class TestMeasuring:
         assert record.streaming.cold is not None
         assert record.resident.cold is None
 
+    def test_steps_of_the_grid_were_measured_with_units_streamed(self, record):
+        fitted = {sample.shape() for sample in record.streaming.samples}
+        assert {sample.shape() for sample in record.streamed} <= fitted
+        assert len({sample.k for sample in record.streamed}) > 1
+        assert min(sample.k for sample in record.streamed) > 0
+        for sample in record.streamed:
+            assert len(sample.seconds) % 3 == 0
+
     def test_the_latency_model_predicts_times_that_grow_with_streaming(self, record):
         latency = record.latency_model()
         one = StepShape(decode_rows=1, context_tokens=32)
@@ -158,6 +171,47 @@ def test_a_sweep_that_shared_the_machine_does_not_count():
     assert undisturbed([]) == []
 
 
+class TestSweeps:
+    CASES = tuple(Case(Shape(((context, 1),)), 0) for context in range(1, 9))
+
+    def swept(self, wall_s):
+        """(order in which the cases were visited, passes, noise); `wall_s` of a visit's number."""
+        visited: list[Case] = []
+
+        def visit(case: Case) -> list[Pass]:
+            visited.append(case)
+            return [Pass(wall_s(len(visited) - 2), 0, 0, 0, 0)]
+
+        passes, noise = run_sweeps(visit, self.CASES, 2, lambda what, done: None)
+        return visited[1:], passes, noise
+
+    def test_each_takes_all_cases_in_an_order_of_its_own(self):
+        visited, passes, noise = self.swept(lambda number: 0.1)
+        first, second = visited[:8], visited[8:]
+        assert set(first) == set(second) == set(self.CASES)
+        assert first != second
+        assert noise == 0
+        assert all(len(passes[case]) == 2 for case in self.CASES)
+
+    def test_a_disturbed_one_is_made_again(self):
+        visited, passes, _ = self.swept(lambda number: 0.2 if number < 8 else 0.1)
+        assert len(visited) == 3 * 8
+        assert {each.wall_s for case in self.CASES for each in passes[case]} == {0.1}
+
+    def test_on_a_machine_that_is_never_at_rest_they_come_to_an_end(self):
+        visited, passes, _ = self.swept(lambda number: 1 / (2 + number // 8))
+        assert len(visited) == 5 * 8
+        assert all(len(passes[case]) == 1 for case in self.CASES)
+
+
+def test_the_middle_of_some_passes_leaves_the_fastest_and_the_slowest_out():
+    passes = [Pass(wall_s, 0, 0, 0, 0) for wall_s in (9.0, 2.0, 3.0, 1.0)]
+    assert [each.wall_s for each in middle(passes)] == [2.0, 3.0]
+    assert middle(passes[:3]) == [passes[2]]
+    assert middle(passes[:1]) == passes[:1]
+    assert len(middle(passes * 5)) == 10
+
+
 def test_a_brief_effort_covers_what_the_replica_will_run():
     effort = Effort.brief(max_batch=8, max_step_tokens=256)
     assert effort.batches == (1, 4, 8)
@@ -189,13 +243,21 @@ class TestGrid:
         assert held_out_shapes(Effort(batches=(1, 2), held_out=True), 8192) == []
 
     def test_over_the_turns_copies_hide_balance_and_bind(self):
-        assert [held_out_ks(0.1, 0.01, 30, turn) for turn in range(3)] == [
-            (0, 5, 11),
-            (0, 11, 16),
-            (0, 5, 16),
+        assert [streamed_ks(0.1, 0.01, 30, turn) for turn in range(3)] == [
+            (5, 11),
+            (11, 16),
+            (5, 16),
         ]
-        assert held_out_ks(0.1, 1.0, 30, 0) == (0, 1)
-        assert held_out_ks(0.1, 1e-6, 30, 1) == (0, 20, 30)
+        assert streamed_ks(0.1, 1.0, 30, 0) == (1,)
+        assert streamed_ks(0.1, 1e-6, 30, 1) == (20, 30)
+
+    def test_what_is_streamed_for_the_fit_is_of_the_grid_and_of_every_kind(self):
+        for effort in (Effort.full(), Effort.brief(8, 256), BRIEF):
+            shapes = streamed_shapes(effort, 8192)
+            assert set(shapes) <= set(fitted_shapes(effort, 8192))
+            facts = [shape.facts() for shape in shapes]
+            kinds = {(bool(s.decode_rows), bool(s.prefill_tokens)) for s in facts}
+            assert kinds == {(True, False), (False, True), (True, True)}
 
 
 class TestNoise:

@@ -385,6 +385,26 @@ class TestPreemption:
         assert world.ends["last"] is FinishReason.CANCELLED
         assert world.tokens["first"] == expected_tokens(asked("first", tokens=20))
 
+    def test_a_cache_that_is_on_its_way_back_arrives_before_its_blocks_move(self):
+        world = served(COSTLY, SLACK, [8, 18], k=1, host_blocks=20, max_tokens=56)
+        requests = {name: asked(name, prompt=20, tokens=12) for name in ("a", "b")}
+        for each in requests.values():
+            world.engine.submit(each)
+        for _ in range(3):
+            world.step()
+        world.engine.turn(0)
+        (away,), (stays,) = world.scheduler.waiting, world.scheduler.running
+        assert world.host.holds(away)
+        world.engine.turn(1)
+        while not world.scheduler.find(away).coming_back:
+            world.step()
+        before = list(world.executor.blocks.table(away))
+        world.engine.cancel(stays)
+        world.engine.turn(0)
+        assert world.executor.blocks.table(away) != before
+        world.run()
+        assert world.tokens[away] == expected_tokens(requests[away])
+
     def test_so_may_one_whose_cache_is_on_its_way_back(self):
         world = served(COSTLY, SLACK, [8], host_blocks=20)
         for name in ("first", "last"):
@@ -441,14 +461,14 @@ class TestPreemption:
         assert world.tokens["small"] == expected_tokens(small)
 
     def test_as_long_as_k_may_rise_it_gets_the_room_instead(self):
-        world = served(COSTLY, SLACK, [3, 5, 8], k=2, max_tokens=32)
+        world = served(COSTLY, SLACK, [3, 3, 3, 5, 8], k=4, max_tokens=32)
         world.engine.turn(0)
         world.step()
         large = asked("large", prompt=22, tokens=8)
         world.engine.submit(large)
         world.run()
         assert world.tokens["large"] == expected_tokens(large)
-        assert world.executor.k == 2
+        assert world.executor.k == 4
 
 
 class TestFairness:

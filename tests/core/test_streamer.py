@@ -270,3 +270,32 @@ def test_the_span_has_one_stamp_for_every_unit():
     bench.iterate((1, 3))
     assert len(bench.streamer.span.waits_s()) == len(bench.streamer.span.computes_s()) == 4
     assert min(bench.streamer.span.waits_s() + bench.streamer.span.computes_s()) >= 0
+
+
+def test_what_lies_in_slots_and_homes_changes_places_before_weights_come():
+    """While the ring is handed over, compute reads slots and homes: no copy overwrites them."""
+    bench = Bench([1024] * 6, slots=2)
+    slots, homes = bench.streamer._slots, bench.streamer._homes
+    everyone, taken = (0, 2, 4), []
+
+    def move(*held: Tensor) -> None:
+        taken.extend(bench.fake.compute(50.0, read=each) for each in held)
+
+    bench.streamer.restart(everyone, lambda: move(*slots))
+    assert not bench.streamer.at_home & set(everyone)
+    bench.iterate(everyone)
+    bench.iterate(everyone)
+    bench.streamer.restart((), lambda: move(*(homes[unit] for unit in everyone)))
+    bench.iterate(())
+    assert bench.streamer.at_home == frozenset(range(6))
+    bench.iterate(())
+    bench.check(4)
+    assert len(taken) == 5
+    # Two iterations, two units that were ahead and are lost, and three that come home.
+    assert bench.link.counters.copies[SENT] == 2 * 3 + 2 + 3
+
+
+def test_the_ring_is_not_handed_over_within_an_iteration():
+    bench = Bench([1024] * 3, slots=2)
+    with bench.streamer.iteration((0,)), pytest.raises(StreamingError, match="is running"):
+        bench.streamer.restart(())

@@ -60,6 +60,11 @@ def test_a_closed_placement_gives_back_and_the_model_can_be_placed_again(bench):
     streaming.check_that_close_gives_everything_back(bench)
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_kv_goes_between_the_ring_and_homes_and_no_token_notices(bench, slots):
+    streaming.check_turning_a_full_k(bench, [0, 4, 0, LAYERS, 3, 0], slots, crowd=20)
+
+
 def test_device_bytes_are_the_arena_while_placed_and_none_afterwards(bench):
     with bench.placed(k=2) as executor:  # the first step also fills the libraries' workspaces
         bench.one_step(executor)
