@@ -14,7 +14,7 @@ from deployments.control.messages import Changes, Known, Receipt, ReportBatch, S
 from deployments.control.state import REPORT_TTL_S, ClusterState
 from deployments.sizing import SMALL_CPUS
 from select_n_core.config import CONTROLLER
-from select_n_core.errors import ConfigError, EngineError
+from select_n_core.errors import ConfigError, EngineError, UnavailableError
 from select_n_core.live import LivePolicy, parse_policy
 
 _EXPIRE_S = REPORT_TTL_S / 8
@@ -33,7 +33,7 @@ class ClusterController:
         self._news = asyncio.Event()
         self._expiring = asyncio.create_task(self._expire())
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take a new live policy; raises `ConfigError` naming the field that is broken."""
         self._state.set_policy(parse_policy(user_config))
         self._tell()
@@ -47,7 +47,10 @@ class ClusterController:
         return receipt
 
     async def watch(self, known: Known, timeout_s: float) -> Changes:
-        """See `Controller.watch`."""
+        """See `Controller.watch`; raises UnavailableError for who knows a later controller."""
+        self._state.hear_of(known.epoch)
+        if successor := self._state.succeeded_by:
+            raise UnavailableError(f"the controller of epoch {successor} knows more")
         if known == Known(self._state.epoch, self._state.version):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), timeout_s)

@@ -172,7 +172,6 @@ class Receipt:
     """
 
     epoch: int
-    version: int
     refused: tuple[str, ...] = ()
 
 
@@ -189,13 +188,16 @@ class Changes:
     """From a version that the watcher had to a later one, or everything.
 
     Attributes:
-        whole: who is not among `reports` is gone; else those in `gone` are.
+        whole: they are everything that the controller knows, else what is new of it.
+        settled: everybody who lives has had the time to report to this controller: who is not among
+            whole changes is gone.
         policy: None where it has not changed, or where there never was one; `policy_version` tells.
     """
 
     epoch: int
     version: int
     whole: bool
+    settled: bool
     policy_version: int
     policy: LivePolicy | None = None
     reports: tuple[Report, ...] = ()
@@ -226,13 +228,13 @@ class Snapshot:
         return Known(self.epoch, self.version)
 
     def after(self, changes: Changes) -> Snapshot:
-        """The snapshot that `changes` make of this one; of an earlier controller they change none.
+        """The snapshot that `changes` make of this one; those of an earlier controller make none.
 
-        Changes of a later controller are whole: nothing but the policy's absence is kept.
+        What an earlier controller said stands until the later one has settled.
         """
         if (changes.epoch, changes.version) < (self.epoch, self.version):
             return self
-        kept = Snapshot(0, 0) if changes.whole else self
+        kept = Snapshot(0, 0) if changes.whole and changes.settled else self
         policy = kept.policy if changes.policy is None else changes.policy
         return Snapshot(
             changes.epoch,

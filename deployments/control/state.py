@@ -20,7 +20,7 @@ from select_n_core.live import LivePolicy
 
 # Who misses several reports in a row is gone: replicas send ten per second, ingresses two.
 REPORT_TTL_S = 2.0
-_MOST_GONE = 1024  # senders remembered after they left; who watched since before gets everything
+_MOST_GONE = 1024  # senders remembered after they left
 
 
 @dataclass(slots=True)
@@ -42,7 +42,8 @@ class ClusterState:
     Args:
         epoch: of this controller, above every earlier one's.
         clock: seconds that only grow.
-        ttl_s: a sender that has been silent for so long is dropped.
+        ttl_s: a sender that has been silent for so long is dropped. After so long everybody who
+            lives has reported.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class ClusterState:
         self._clock = clock
         self._ttl_s = ttl_s
         self._version = 1
+        self._settles_s = clock() + ttl_s
+        self._settled = False
         self._live: dict[str, _Live] = {}
         self._gone: dict[str, _Gone] = {}  # in the order of their versions
-        self._forgotten = 0  # the highest version of a departure that is no longer remembered
+        self._forgotten = 0  # who watched since before that version gets everything
         self._policy: LivePolicy | None = None
         self._policy_version = 0
         self._policy_at = 0
@@ -79,16 +82,21 @@ class ClusterState:
         self._version += 1
         self._policy_at = self._version
 
+    def hear_of(self, epoch: int) -> None:
+        """Somebody knows of the controller of that epoch."""
+        if epoch > self.epoch:
+            self._succeeded_by = max(self._succeeded_by, epoch)
+
     def take(self, batch: ReportBatch) -> Receipt:
         """Note what a sender reports.
 
         A sender that knows of a later controller is refused: it must not be told things by two.
         """
+        self.hear_of(batch.epoch)
         if batch.epoch > self.epoch:
-            self._succeeded_by = max(self._succeeded_by, batch.epoch)
-            return Receipt(self.epoch, self._version, tuple(each.name for each in batch.reports))
+            return Receipt(self.epoch, tuple(each.name for each in batch.reports))
         refused = tuple(each.name for each in batch.reports if not self._note(each))
-        return Receipt(self.epoch, self._version, refused)
+        return Receipt(self.epoch, refused)
 
     def _note(self, report: Report) -> bool:
         name = report.name
@@ -105,7 +113,12 @@ class ClusterState:
 
     def expire(self) -> None:
         """Drop the senders that have been silent for longer than the TTL."""
-        dead_s = self._clock() - self._ttl_s
+        now_s = self._clock()
+        if not self._settled and now_s >= self._settles_s:
+            self._settled = True
+            self._version += 1
+            self._forgotten = self._version  # everybody gets everything: who is missing is gone
+        dead_s = now_s - self._ttl_s
         for name in [name for name, live in self._live.items() if live.heard_s < dead_s]:
             self._version += 1
             self._gone[name] = _Gone(self._live.pop(name).report.sequence, self._version)
@@ -123,6 +136,7 @@ class ClusterState:
             epoch=self.epoch,
             version=self._version,
             whole=whole,
+            settled=self._settled,
             policy_version=self._policy_version,
             policy=self._policy if whole or self._policy_at > since else None,
             reports=tuple(

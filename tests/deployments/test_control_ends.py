@@ -17,6 +17,8 @@ from deployments.control.reporter import is_due, reporter_of_ingress, reporter_o
 from deployments.control.state import ClusterState
 from select_n_core.errors import UnavailableError
 
+WHAT = ("reports", "snapshots")
+
 
 class LocalController:
     """A controller in this process that can be taken away and come back as a later one."""
@@ -32,7 +34,7 @@ class LocalController:
 
     def _up(self) -> ClusterState:
         if self.state is None:
-            raise UnavailableError("there is no controller")
+            raise ConnectionError("it is down")
         return self.state
 
     async def report(self, batch):
@@ -144,7 +146,7 @@ async def test_one_report_at_most_is_on_its_way_and_what_changes_meanwhile_follo
         assert controller.most_on_their_way == 1
 
 
-async def test_without_a_controller_it_is_said_once_and_again_when_it_comes(
+async def test_a_controller_that_is_down_is_said_once_and_again_when_it_is_back(
     controller, facts, caplog
 ):
     caplog.set_level(logging.INFO, "deployments.control")
@@ -161,20 +163,27 @@ async def test_without_a_controller_it_is_said_once_and_again_when_it_comes(
         await soon(is_tried_again)
         assert cache.snapshot is None
         assert cache.age_s is None
-        absent = ["no reports: there is no controller", "no snapshots: there is no controller"]
-        assert said() == absent
+        down = [f"no {what} for now: ConnectionError('it is down')" for what in WHAT]
+        assert said() == down
         controller.start(1)
         await hears(cache)
-        assert said() == [*absent, "reports again", "snapshots again"]
+        assert said() == [*down, *(f"{what} again" for what in WHAT)]
 
 
 def test_who_has_no_answer_waits_longer_and_longer_until_there_is_one():
     backoff = Backoff("reports")
-    waits_s = [backoff.failed(TimeoutError()) for _ in range(9)]
-    assert waits_s == sorted(waits_s)
-    assert (waits_s[0], waits_s[1], waits_s[-1]) == (0.1, 0.2, 2.0)
+    assert [backoff.failed(TimeoutError()) for _ in range(5)] == [0.1, 0.2, 0.4, 0.5, 0.5]
     backoff.worked()
     assert backoff.failed(TimeoutError()) == 0.1
+
+
+def test_a_controller_that_nobody_deployed_is_no_reason_to_warn(caplog):
+    caplog.set_level(logging.INFO, "deployments.control")
+    backoff = Backoff("reports")
+    for _ in range(2):
+        assert backoff.failed(UnavailableError("there is no controller")) == 2.0
+    [said] = caplog.records
+    assert (said.levelname, said.message) == ("INFO", "no reports: there is no controller")
 
 
 async def test_a_replica_that_cannot_be_read_does_not_end_its_reports(controller, facts):

@@ -102,6 +102,8 @@ async def test_a_replica_is_in_the_snapshot_with_what_it_is(backend):
     async with watching() as cache:
         await hears_replicas(cache, 1)
         [replica] = _replicas(cache)
+        whole = await ray_compat.find_deployment(CONTROL_APPLICATION, CONTROLLER).snapshot.remote()
+        assert set(whole.replicas) >= {replica.name}
         assert replica.node
         assert replica.units == 30
         assert time.time() - replica.measured_at_s < 5

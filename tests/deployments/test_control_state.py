@@ -42,7 +42,7 @@ def test_a_report_is_in_the_snapshot_and_its_receipt_names_the_epoch(state):
     receipt = state.take(batch(report("a", k=5)))
     assert (receipt.epoch, receipt.refused) == (3, ())
     snapshot = state.snapshot()
-    assert (snapshot.epoch, snapshot.version) == (3, receipt.version)
+    assert (snapshot.epoch, snapshot.version) == (3, state.version)
     assert snapshot.replicas == {"a": report("a", k=5)}
 
 
@@ -134,14 +134,30 @@ def test_changes_of_an_earlier_controller_are_ignored(state, clock):
     assert snapshot.after(earlier.changes(Known())) is snapshot
 
 
-def test_a_later_controller_replaces_all_that_was_known(state, clock):
+def test_what_an_earlier_controller_said_stands_until_the_later_one_has_heard_everybody(
+    state, clock
+):
     state.set_policy(policy(chat="50ms"))
-    state.take(batch(report("a")))
-    later = ClusterState(epoch=4, clock=clock)
-    later.take(batch(report("b")))
-    snapshot = state.snapshot().after(later.changes(state.snapshot().known))
+    state.take(batch(report("back", k=5), report("gone"), report("slow")))
+    snapshot = state.snapshot()
+    later = ClusterState(epoch=4, clock=clock, ttl_s=2.0)
+    later.set_policy(policy(chat="80ms"))
+    later.take(batch(report("back", 1, k=6)))
+    snapshot = snapshot.after(later.changes(snapshot.known))
+    assert snapshot.epoch == 4
+    assert set(snapshot.replicas) == {"back", "gone", "slow"}
+    assert snapshot.replicas["back"].k == 6
+    assert snapshot.policy == policy(chat="80ms")
+    clock.now_s += 1.9
+    later.take(batch(report("back", 2), report("slow", 1)))
+    later.expire()
+    snapshot = snapshot.after(later.changes(snapshot.known))
+    assert set(snapshot.replicas) == {"back", "gone", "slow"}
+    clock.now_s += 0.1
+    later.expire()
+    snapshot = snapshot.after(later.changes(snapshot.known))
     assert snapshot == later.snapshot()
-    assert snapshot.policy is None
+    assert set(snapshot.replicas) == {"back", "slow"}
 
 
 def test_replicas_and_ingresses_are_told_apart_and_expire_alike(state, clock):

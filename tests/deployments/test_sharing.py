@@ -33,7 +33,7 @@ def cache(clock):
 def hear(cache: SnapshotCache, *reports: IngressReport, policy: LivePolicy | None = None) -> None:
     """What the controller would say of these ingresses."""
     version = 1 if cache.snapshot is None else cache.snapshot.version + 1
-    cache.take(Changes(1, version, True, 1, policy, reports))
+    cache.take(Changes(1, version, True, True, 1, policy, reports))
 
 
 def other(name: str, requests: float) -> IngressReport:

@@ -10,6 +10,7 @@ from reports import report
 from rich.console import Console
 from standins import MODEL, ScriptedEngine, serving
 
+from deployments.cli import status
 from deployments.cli.main import app
 from deployments.cli.status import tables
 from deployments.control.cache import SnapshotCache
@@ -43,6 +44,7 @@ class Told:
             epoch=self._snapshot.epoch,
             version=self._snapshot.version,
             whole=True,
+            settled=True,
             policy_version=self._snapshot.policy_version,
             policy=self._snapshot.policy,
             reports=tuple(self._snapshot.replicas.values()),
@@ -154,6 +156,23 @@ def test_the_table_shows_what_is_promised_beside_what_was_seen():
     [line] = [line for line in shown.splitlines() if "late" in line]
     for cell in ("3.75", "8 of 2-10", "150/100", "1000/2000", "1+0", "50%"):
         assert cell in line
+
+
+def test_on_a_terminal_it_is_shown_again_and_again_until_ctrl_c(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    told = [document(report("a", admitted=count)) for count in (41, 42, 43)]
+
+    def fetch(*_):
+        if not told:
+            raise KeyboardInterrupt
+        return told.pop(0)
+
+    monkeypatch.setattr(status, "fetch", fetch)
+    monkeypatch.setattr(status, "Console", lambda: console)
+    monkeypatch.setattr(status, "_REFRESH_S", 0)
+    status.watch("http://127.0.0.1:1", None)
+    shown = console.file.getvalue()
+    assert [count for count in ("41", "42", "43") if count in shown] == ["41", "42", "43"]
 
 
 def test_where_nothing_answers_it_is_one_line_and_exit_code_2(cli):
