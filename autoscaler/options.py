@@ -8,9 +8,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autoscaler.decision import ScalingLimits
-from select_n_core.config import config_error
 from select_n_core.errors import ConfigError
 from select_n_core.quantities import Seconds
+from select_n_core.strict import config_error
 
 PREFIX = "policy_kwargs"
 _DEFAULTS = ScalingLimits()

@@ -7,12 +7,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 from deployments.backend import HandleBackend
+from deployments.control.cache import SnapshotCache
+from deployments.control.messages import ReplicaReport
+from deployments.control.policy import HeardPolicy
+from deployments.control.remote import RemoteController
+from deployments.control.reporter import reporter_of_ingress, reporter_of_replica
+from deployments.control.sharing import SharedQuotas
 from deployments.http.api import create_api
 from deployments.http.live import LiveRequests
 from deployments.naming import INGRESS, deployment_name
@@ -58,9 +65,14 @@ class ReplicaDeployment(Replica):
         )
         codec, client = await load(model)
         info = await client.start()
-        super().__init__(name, codec, client, info, model.slo.targets())
+        node = ray.get_runtime_context().get_node_id()
+        super().__init__(name, codec, client, info, model.slo.targets(), node=node)
         telemetry.observe(self.report)
         self._telemetry = telemetry
+        reporter = reporter_of_replica(
+            lambda sequence: ReplicaReport.of(self.report(), model, sequence), RemoteController()
+        )
+        self._reporting = asyncio.create_task(reporter.run())
 
     async def drain(self, grace_s: float) -> None:
         """See `Replica.drain`; then the last metrics leave."""
@@ -70,7 +82,8 @@ class ReplicaDeployment(Replica):
     async def __del__(self) -> None:
         # Ray Serve awaits this once its streams are done; without it the engine process would
         # only notice its parent's death.
-        if hasattr(self, "_telemetry"):  # else it never started
+        if hasattr(self, "_reporting"):  # else it never started
+            self._reporting.cancel()
             await self.close()
             await self._telemetry.close()
 
@@ -82,13 +95,19 @@ class IngressDeployment:
         self._handles = handles
         self._args = args
         self._live = LiveRequests()
+        self._cluster = SnapshotCache(RemoteController())
+        self._policy = HeardPolicy(self._cluster)
         name = serve.get_replica_context().replica_id.unique_id
+        self._shared = SharedQuotas(name, self._cluster)
         self._telemetry = Telemetry.open("ingress", {"select_n.replica": name})
 
     def __serve_build_asgi_app__(self) -> Any:
         api = create_api(
             {name: HandleBackend(handle, name) for name, handle in self._handles.items()},
             self._args,
+            cluster=self._cluster,
+            policy=self._policy,
+            quotas=self._shared.quotas,
             sinks=self._telemetry.sinks(),
             lifespan=self._lifespan,
         )
@@ -97,7 +116,12 @@ class IngressDeployment:
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        await self._policy.find_out()
+        reporter = reporter_of_ingress(self._shared.report, RemoteController())
+        tasks = [asyncio.create_task(each.run()) for each in (self._cluster, reporter)]
         yield
+        for task in tasks:
+            task.cancel()
         await self._telemetry.close()
 
     async def settle(self, timeout_s: float) -> None:

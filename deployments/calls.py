@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from select_n_core.engine.messages import EngineInfo, EngineStats
-from select_n_core.errors import InputError, OverloadedError, SelectNError
+from select_n_core.errors import InputError, OverloadedError, QuotaError, SelectNError
+from select_n_core.slo import SLO
 
 Finish = Literal["stop", "length"]
+
+# The engine reserves KV for prompt plus max_tokens, so a request that names no limit must not
+# take the whole context.
+DEFAULT_MAX_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,26 @@ class SamplingWish:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """Who is served, and how well.
+
+    Attributes:
+        tenant: empty where nobody needs to be known. weight: of its share of a replica.
+        slo_class: by name; empty for the model's own targets.
+        priority: a larger one is served first, within its tenant's share.
+        slo: the targets; None for the model's own.
+        max_queue: requests of the class that may wait at one replica; None is the model's own.
+    """
+
+    tenant: str = ""
+    weight: float = 1.0
+    slo_class: str = ""
+    priority: int = 0
+    slo: SLO | None = None
+    max_queue: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One sequence that a client asks for.
 
@@ -44,6 +69,7 @@ class Call:
         id: unique among live calls.
         prompt: plain text, token ids, or the turns of a conversation.
         prompt_field, max_tokens_field: what the client calls them, for errors.
+        terms: whose it is and what it is promised; never from the client's own words.
         max_tokens: output tokens at most; None lets the replica choose.
         stop: strings that end the text, not shown.
     """
@@ -55,6 +81,7 @@ class Call:
     stop: tuple[str, ...] = ()
     prompt_field: str = "prompt"
     max_tokens_field: str = "max_tokens"
+    terms: Terms = Terms()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +144,9 @@ class Failure:
             code=error.code,
             message=str(error),
             field=error.field if isinstance(error, InputError) else None,
-            retry_after_s=error.retry_after_s if isinstance(error, OverloadedError) else None,
+            retry_after_s=(
+                error.retry_after_s if isinstance(error, OverloadedError | QuotaError) else None
+            ),
         )
 
 
@@ -126,11 +155,18 @@ Chunk = Accepted | Delta | Failure
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A replica as others see it, at one moment."""
+    """A replica as others see it, at one moment.
+
+    Attributes:
+        node: of the cluster, on which it runs.
+        measured_at_s: time of day (`time.time()`) at which `stats` held.
+    """
 
     replica: str
     info: EngineInfo
     stats: EngineStats
+    node: str = ""
+    measured_at_s: float = 0.0
 
 
 class Backend(Protocol):

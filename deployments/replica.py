@@ -7,12 +7,14 @@ strings, and closes the engine's iterator whenever a client stops listening.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from typing import cast
 
 from deployments.calls import (
+    DEFAULT_MAX_TOKENS,
     Accepted,
     Call,
     Chunk,
@@ -36,10 +38,6 @@ from select_n_core.engine.text import TextCodec, TextStream
 from select_n_core.errors import ContextLengthError, EngineError, InputError, SelectNError
 from select_n_core.slo import SLO
 
-# The engine reserves KV for prompt plus max_tokens, so a request that names no limit must not
-# take the whole context.
-DEFAULT_MAX_TOKENS = 256
-
 _LAST_CHUNKS_S = 1.0
 
 _FINISHES: dict[FinishReason, Finish] = {
@@ -57,12 +55,21 @@ class Replica:
         client: a started engine's.
         info: what starting it returned.
         slo: what the model promises.
+        node: of the cluster, for reports.
     """
 
     def __init__(
-        self, name: str, codec: TextCodec, client: EngineClient, info: EngineInfo, slo: SLO
+        self,
+        name: str,
+        codec: TextCodec,
+        client: EngineClient,
+        info: EngineInfo,
+        slo: SLO,
+        *,
+        node: str = "",
     ) -> None:
         self._name = name
+        self._node = node
         self._codec = codec
         self._client = client
         self._info = info
@@ -139,10 +146,19 @@ class Replica:
             )
         wished = {name: value for name, value in asdict(call.sampling).items() if value is not None}
         chosen = {"temperature": 1.0} | dict(self._codec.sampling_defaults) | wished
+        terms, slo = call.terms, call.terms.slo
         return Request(
             id=call.id,
             prompt=prompt,
             sampling=SamplingParams(max_tokens=max_tokens, **chosen),
+            tenant=terms.tenant,
+            weight=terms.weight,
+            slo_class=terms.slo_class,
+            priority=terms.priority,
+            deadline_s=None if slo is None else slo.ttft_s,
+            tpot_s=None if slo is None else slo.tpot_s,
+            max_wait_s=None if slo is None else slo.longest_wait_s,
+            max_queue=terms.max_queue,
         )
 
     def _check_ids(self, prompt: Sequence[int], field: str) -> None:
@@ -186,7 +202,10 @@ class Replica:
 
     def report(self) -> Report:
         """This replica's facts and the last step's statistics."""
-        return Report(replica=self._name, info=self._info, stats=self._client.stats())
+        stats = self._client.stats()
+        # Without a call the engine has nothing to do, and what it said last still holds.
+        measured_at_s = stats.measured_at_s if self._live else time.time()
+        return Report(self._name, self._info, stats, self._node, measured_at_s)
 
     def check_health(self) -> None:
         """Raise EngineError when the engine no longer turns; a drained replica is well."""

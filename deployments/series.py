@@ -70,15 +70,21 @@ ADMISSIONS = Series(
     "select_n.admission.decisions",
     "{request}",
     "Requests admitted and refused.",
-    ("model", "outcome", "reason"),
+    ("model", "outcome", "reason", "tenant"),
 )
 VIOLATIONS = Series(
     "select_n.slo.violations",
     "{sequence}",
-    "Finished sequences that missed a latency target.",
-    ("model", "slo"),
+    "Finished sequences that missed a latency target of their class.",
+    ("model", "slo", "class", "tenant"),
 )
-REQUEST_SERIES = (TTFT, TPOT, DURATION, ADMISSIONS, VIOLATIONS)
+TOKENS = Series(
+    "select_n.tokens",
+    "{token}",
+    "Tokens of requests that ended, as the quota counts them: a prompt once.",
+    ("model", "type", "tenant"),
+)
+REQUEST_SERIES = (TTFT, TPOT, DURATION, ADMISSIONS, VIOLATIONS, TOKENS)
 
 Point = tuple[Mapping[str, str], float]
 

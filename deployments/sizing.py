@@ -19,6 +19,7 @@ PROCESSES_BYTES = 2 * GIB
 OBJECT_STORE_BYTES = 256 * MIB  # requests and tokens only; Ray would take 30 % of the memory
 DAEMONS_BYTES = GIB  # raylet, its agents, the Serve proxy
 INGRESS_BYTES = 512 * MIB
+CONTROLLER_BYTES = 512 * MIB
 # Ray kills workers when a node's memory is 95 % used.
 _USABLE = 0.9
 
@@ -40,7 +41,13 @@ def replica_memory_bytes(model: ModelConfig) -> int:
     return model.host_memory + arena + PROCESSES_BYTES
 
 
-def pod_memory_bytes(replica_bytes: int) -> int:
-    """Memory of a pod that holds a replica of `replica_bytes`, whole MiB."""
+def pod_memory_bytes(replica_bytes: int, *, controlled: bool = False) -> int:
+    """Memory of a pod that holds a replica of `replica_bytes`, whole MiB.
+
+    Args:
+        controlled: there is a controller, which may run in this pod.
+    """
     held = replica_bytes + OBJECT_STORE_BYTES + DAEMONS_BYTES + INGRESS_BYTES
+    if controlled:
+        held += CONTROLLER_BYTES
     return math.ceil(held / _USABLE / MIB) * MIB

@@ -1,13 +1,13 @@
 """The product's configuration: one YAML file, unchanged a Ray Serve config file.
 
-Ours stands under `applications[name=serve].args`; everything else in the file is Ray Serve's and
-is passed through. Sizes and times carry units (`256MiB`, `1GB/s`, `100ms`).
+Ours stands under `applications[name=serve].args` and, where a controller is wanted, in the
+`user_config` of `applications[name=control]`'s deployment ClusterController. Everything else in the
+file is Ray Serve's and is passed through. Sizes and times carry units (`256MiB`, `1GB/s`, `100ms`).
 """
 
 from __future__ import annotations
 
 import math
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,20 +25,17 @@ from pydantic import (
 
 from select_n_core.decisions.policy import Policy, PolicyKind
 from select_n_core.errors import ConfigError
+from select_n_core.live import LivePolicy, SLOConfig, parse_policy
 from select_n_core.quantities import Bytes, BytesPerSecond, Seconds
-from select_n_core.slo import SLO
+from select_n_core.strict import Strict, config_error
 
 SERVE_APPLICATION = "serve"
 BUILDER = "deployments.app:build_app"
+CONTROL_APPLICATION = "control"
+CONTROLLER = "ClusterController"
 
 DType = Literal["bfloat16", "float16", "float32"]
 UnitKind = Literal["layer", "half"]
-
-
-class _Strict(BaseModel):
-    """A field nobody knows is an error, never ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _interval(value: object) -> object:
@@ -63,7 +60,7 @@ Interval = Annotated[
 ]
 
 
-class BusConfig(_Strict):
+class BusConfig(Strict):
     """What the links of several replicas on a machine share, as PCIe devices share a root.
 
     Attributes:
@@ -79,7 +76,7 @@ class BusConfig(_Strict):
     coordinated: bool = True
 
 
-class LinkConfig(_Strict):
+class LinkConfig(Strict):
     """The host-device path of a replica."""
 
     kind: Literal["emulated", "cuda"]
@@ -105,28 +102,7 @@ class LinkConfig(_Strict):
         return self.bus.bandwidth or self.bandwidth
 
 
-class SLOConfig(_Strict):
-    """The latency targets of a model."""
-
-    tpot: Annotated[Seconds, Field(gt=0)]
-    ttft: Annotated[Seconds, Field(gt=0)] = 2.0
-    max_wait: Annotated[Seconds, Field(ge=0)] | None = None
-
-    @model_validator(mode="after")
-    def _nobody_waits_in_vain(self) -> SLOConfig:
-        if self.max_wait is not None and self.max_wait > self.ttft:
-            raise ValueError(
-                f"max_wait ({self.max_wait:g} s) is above ttft ({self.ttft:g} s): who waited so "
-                "long has missed the first token; lower it or leave it out"
-            )
-        return self
-
-    def targets(self) -> SLO:
-        """The targets as the plain fact that decisions take."""
-        return SLO(tpot_s=self.tpot, ttft_s=self.ttft, max_wait_s=self.max_wait)
-
-
-class ReplicasConfig(_Strict):
+class ReplicasConfig(Strict):
     """How many replicas a model may have; min < max turns autoscaling on."""
 
     min: Annotated[int, Field(ge=1)] = 1
@@ -141,7 +117,7 @@ class ReplicasConfig(_Strict):
         return self
 
 
-class WorkloadConfig(_Strict):
+class WorkloadConfig(Strict):
     """The typical request the planner sizes for."""
 
     prompt_tokens: Annotated[int, Field(ge=1)] = 128
@@ -149,7 +125,7 @@ class WorkloadConfig(_Strict):
     rate: Annotated[float, Field(gt=0)] | None = None
 
 
-class ComputeConfig(_Strict):
+class ComputeConfig(Strict):
     """What computes in the place of the device: a record's times, without weights (paced)."""
 
     kind: Literal["paced"]
@@ -160,7 +136,7 @@ def _policy(value: object) -> str:
     return str(Policy.parse(str(value)))
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """One model: where it comes from, what it may use, what it must promise."""
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$")]
@@ -231,7 +207,7 @@ class ModelConfig(_Strict):
         return self
 
 
-class ServeArgs(_Strict):
+class ServeArgs(Strict):
     """The `args` of the application `serve`."""
 
     models: Annotated[list[ModelConfig], Field(min_length=1)]
@@ -262,6 +238,7 @@ class DeployConfig(BaseModel):
         document: the file as Ray Serve gets it, `http_options` filled in with our defaults.
         http: where the ingress listens.
         serve: our `args`.
+        live: what the controller is given; None where there is no controller.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -269,6 +246,7 @@ class DeployConfig(BaseModel):
     document: dict[str, Any]
     http: HTTPOptions
     serve: ServeArgs
+    live: LivePolicy | None = None
 
 
 def load_config(path: str | Path) -> DeployConfig:
@@ -291,18 +269,7 @@ def parse_config(document: object) -> DeployConfig:
     """Validate a configuration that is already a mapping; see `load_config`."""
     if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
         raise ConfigError("the file needs a list `applications`", field="applications")
-    applications = document["applications"]
-    ours = [
-        (index, app)
-        for index, app in enumerate(applications)
-        if isinstance(app, dict) and app.get("name") == SERVE_APPLICATION
-    ]
-    if len(ours) != 1:
-        raise ConfigError(
-            f"applications needs exactly one entry named '{SERVE_APPLICATION}', found {len(ours)}",
-            field="applications",
-        )
-    index, application = ours[0]
+    index, application = _one_application(document, SERVE_APPLICATION)
     if application.get("import_path") != BUILDER:
         raise ConfigError(
             f"applications.{index}.import_path must be '{BUILDER}'",
@@ -314,7 +281,45 @@ def parse_config(document: object) -> DeployConfig:
     except ValidationError as error:
         raise config_error(error, prefix="http_options") from error
     listening = {"proxy_location": "HeadOnly"} | document | {"http_options": http.model_dump()}
-    return DeployConfig(document=listening, http=http, serve=serve)
+    live = _live_policy(document, serve)
+    return DeployConfig(document=listening, http=http, serve=serve, live=live)
+
+
+def _one_application(document: dict[str, Any], name: str) -> tuple[int, dict[str, Any]]:
+    """The application of that name and its place."""
+    found = _applications(document, name)
+    if len(found) != 1:
+        raise ConfigError(
+            f"applications needs exactly one entry named '{name}', found {len(found)}",
+            field="applications",
+        )
+    return found[0]
+
+
+def _applications(document: dict[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:
+    return [
+        (index, application)
+        for index, application in enumerate(document["applications"])
+        if isinstance(application, dict) and application.get("name") == name
+    ]
+
+
+def _live_policy(document: dict[str, Any], serve: ServeArgs) -> LivePolicy | None:
+    """The policy in the controller's `user_config`; None where no controller is wanted."""
+    if not _applications(document, CONTROL_APPLICATION):
+        return None
+    index, application = _one_application(document, CONTROL_APPLICATION)
+    prefix = f"applications.{index}.deployments"
+    deployments = application.get("deployments") or []
+    if not isinstance(deployments, list):
+        raise ConfigError(f"{prefix} must be a list", field=prefix)
+    for place, deployment in enumerate(deployments):
+        if isinstance(deployment, dict) and deployment.get("name") == CONTROLLER:
+            field = f"{prefix}.{place}.user_config"
+            policy = parse_policy(deployment.get("user_config") or {}, prefix=field)
+            policy.check_models({model.name for model in serve.models}, prefix=field)
+            return policy
+    return LivePolicy()
 
 
 def parse_args(args: object, *, prefix: str = "args") -> ServeArgs:
@@ -323,27 +328,3 @@ def parse_args(args: object, *, prefix: str = "args") -> ServeArgs:
         return ServeArgs.model_validate(args)
     except ValidationError as error:
         raise config_error(error, prefix=prefix) from error
-
-
-def config_error(error: ValidationError, *, prefix: str) -> ConfigError:
-    """The first problem of a pydantic error as one line that names the field."""
-    first = error.errors(include_url=False)[0]
-    steps = [str(step) for step in first["loc"] if not _is_branch(step)]
-    field = ".".join([prefix, *steps])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "unknown field; remove it or check its spelling"
-    elif first["type"] == "model_type":
-        message = f"needs its fields, as a mapping, got {reprlib.repr(first['input'])}"
-    elif first["type"] not in ("value_error", "missing"):
-        message = f"{message}, got {reprlib.repr(first['input'])}"
-    more = error.error_count() - 1
-    rest = f" (and {more} more)" if more else ""
-    return ConfigError(f"{field}: {message}{rest}", field=field)
-
-
-def _is_branch(step: int | str) -> bool:
-    """Whether a location step is pydantic's name for a union branch, not a field."""
-    return isinstance(step, str) and (
-        "[" in step or "(" in step or step in {"float", "int", "str", "constrained-float"}
-    )

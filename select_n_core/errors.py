@@ -95,6 +95,28 @@ class OverloadedError(SelectNError):
         self.code = f"{type(self).code}_{reason}"
 
 
+class AuthenticationError(SelectNError):
+    """Nobody knows who sends this request."""
+
+    code = "invalid_api_key"
+
+
+class ForbiddenError(SelectNError):
+    """The sender is known, and may not do this."""
+
+    code = "insufficient_permissions"
+
+
+class QuotaError(SelectNError):
+    """A tenant asks for more than its quota; None: it may never ask for so much at once."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class LinkError(SelectNError):
     """A copy between host and device failed or cannot be made."""
 
@@ -117,6 +139,12 @@ class HostMemoryError(SelectNError):
     """Host memory cannot hold what was asked of it, holds something else, or stays in use."""
 
     code = "host_memory"
+
+
+class UnavailableError(SelectNError):
+    """A part of the cluster does not answer, or is not there; it may be later."""
+
+    code = "unavailable"
 
 
 class EngineError(SelectNError):

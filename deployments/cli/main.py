@@ -10,6 +10,7 @@ import typer
 
 from deployments.cli import options
 from deployments.cli.output import BAD_INPUT, emit, run
+from select_n_core.config import HTTPOptions
 
 commands = typer.Typer(
     name="select-n",
@@ -33,6 +34,8 @@ DTypeOption = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or 
 UnitsOption = Annotated[
     str, typer.Option("--units", help="What moves as one: a layer, or half (of one).")
 ]
+_HTTP = HTTPOptions()
+DEFAULT_URL = f"http://{_HTTP.host}:{_HTTP.port}"
 Config = Annotated[Path, typer.Argument(help="A configuration file, for example quickstart.yaml.")]
 
 
@@ -136,11 +139,29 @@ def check_command(config: Config, as_json: AsJson = False) -> None:
 
 @commands.command("serve")
 def serve_command(config: Config, as_json: AsJson = False) -> None:
-    """Serve a configuration on this machine until Ctrl-C."""
+    """Serve a configuration on this machine until Ctrl-C; SIGUSR1 takes its live policy anew."""
     from deployments.cli.serve import serve_config
     from select_n_core.config import load_config
 
-    serve_config(load_config(config), as_json=as_json)
+    serve_config(load_config(config), read_again=lambda: load_config(config), as_json=as_json)
+
+
+@commands.command("status")
+def status_command(
+    url: Annotated[str, typer.Option(help="Of an ingress.")] = DEFAULT_URL,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="SELECT_N_API_KEY", help="Of a tenant, where there are tenants."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show nodes, replicas, N, leases and latencies until Ctrl-C; once if not on a terminal."""
+    from deployments.cli.status import fetch, watch
+
+    if as_json:
+        emit(fetch(url, api_key), [], as_json=True)
+    else:
+        watch(url, api_key)
 
 
 @commands.command("generate")
@@ -188,6 +209,18 @@ def generate_command(
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     result = generate(config, prompt, sampling, sized=device_memory is not None)
     emit(result, [result["text"], "", result["plan"]], as_json=as_json)
+
+
+@commands.command("key")
+def key_command(
+    tenant: Annotated[str, typer.Argument(help="Whose it is to be, as the configuration has it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make an API key: the key for the tenant, and the line with its hash for the keys_file."""
+    from deployments.cli.keys import make_key
+
+    made = make_key(tenant)
+    emit(made, [made["key"], made["line"]], as_json=as_json)
 
 
 @commands.command("render-k8s")

@@ -6,9 +6,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from select_n_core.config import ModelConfig, config_error
+from select_n_core.config import ModelConfig
 from select_n_core.errors import InputError
 from select_n_core.quantities import parse_bytes, parse_bytes_per_s, parse_seconds
+from select_n_core.strict import config_error
 
 
 def positive_bytes(text: str) -> int:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -222,7 +222,7 @@ def _workers(
         "ray-worker",
         options,
         cpus=options.cpus,
-        memory_bytes=pod_memory_bytes(replica_bytes),
+        memory_bytes=pod_memory_bytes(replica_bytes, controlled=config.live is not None),
         gpus=1 if kind == "cuda" else 0,
         ports={"serve": config.http.port},
         ready=_get("/-/healthz", "serve"),
@@ -238,8 +238,22 @@ def _workers(
             "memory": str(replica_bytes),
             "object-store-memory": str(OBJECT_STORE_BYTES),
         },
-        "template": {"spec": _pod(container, api_token=False)},
+        "template": {"spec": _with_keys(_pod(container, api_token=False), config, options)},
     }
+
+
+def _with_keys(pod: dict[str, Any], config: DeployConfig, options: RenderOptions) -> dict[str, Any]:
+    """The pod with the keys_file mounted, where the live policy names one.
+
+    The whole directory is the Secret's: a single file mounted out of it would never change again.
+    """
+    if config.live is None or config.live.keys_file is None:
+        return pod
+    (container,) = pod["containers"]
+    directory = str(PurePosixPath(config.live.keys_file).parent)
+    mount = {"name": "keys", "mountPath": directory, "readOnly": True}
+    volume = {"name": "keys", "secret": {"secretName": f"{options.name}-keys"}}
+    return pod | {"containers": [container | {"volumeMounts": [mount]}], "volumes": [volume]}
 
 
 def _pod(container: dict[str, Any], *, api_token: bool) -> dict[str, Any]:

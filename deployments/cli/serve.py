@@ -14,17 +14,27 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from deployments import ray_compat
 from deployments.cli.output import emit
 from deployments.naming import INGRESS, deployment_name
+from deployments.tenants.keys import read_keys
 from select_n_core import errors
-from select_n_core.config import SERVE_APPLICATION, DeployConfig, HTTPOptions, ServeArgs
+from select_n_core.config import (
+    CONTROL_APPLICATION,
+    CONTROLLER,
+    SERVE_APPLICATION,
+    DeployConfig,
+    HTTPOptions,
+    ServeArgs,
+)
 from select_n_core.errors import ConfigError, EngineError, InfeasibleError, InputError, LinkError
+from select_n_core.live import LivePolicy
 
 # Ctrl-C: streams get GRACE_S, then an error; Ray takes the rest of ten seconds.
 GRACE_S = 3.0
@@ -36,20 +46,27 @@ _REPORT_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-def serve_config(config: DeployConfig, *, as_json: bool = False) -> None:
+def serve_config(
+    config: DeployConfig,
+    *,
+    read_again: Callable[[], DeployConfig] | None = None,
+    as_json: bool = False,
+) -> None:
     """Serve `config` on this machine until SIGINT or SIGTERM.
 
     Args:
+        read_again: the configuration as it stands now; SIGUSR1 takes its live policy.
         as_json: print where and what is served as one JSON object.
 
     Raises:
-        ConfigError: the port is busy, Ray Serve's part of the file is broken, the machine lacks
-            GPUs, or a model cannot be served as configured.
+        ConfigError: the port is busy, the API keys cannot be read, Ray Serve's part of the file is
+            broken, the machine lacks GPUs, or a model cannot be served as configured.
         EngineError: a replica failed for another reason.
     """
     check_port(config.http)
+    check_keys(config.live)
     ray_compat.check_document(config.document)
-    with _stop_signals() as stop:
+    with _signals(signal.SIGINT, signal.SIGTERM) as stop, _signals(signal.SIGUSR1) as told:
         _say("starting Ray ...")
         ray_compat.start_local_node()
         try:
@@ -59,7 +76,10 @@ def serve_config(config: DeployConfig, *, as_json: bool = False) -> None:
             ray_compat.deploy(config.document)
             if _wait_until_running(config, stop):
                 _announce(config, as_json=as_json)
-                stop.wait()
+                while not stop.wait(_POLL_S):
+                    if told.is_set():
+                        told.clear()
+                        config = config if read_again is None else take_policy(config, read_again)
                 _say("stopping: running streams may end ...")
                 _drain(config.serve)
         finally:
@@ -88,6 +108,12 @@ def check_port(http: HTTPOptions) -> None:
         ) from error
 
 
+def check_keys(policy: LivePolicy | None) -> None:
+    """Raise ConfigError when tenants are named whose keys cannot be read."""
+    if policy is not None and policy.keys_file is not None:
+        read_keys(policy.keys_file)
+
+
 def check_capacity(args: ServeArgs, resources: Mapping[str, float]) -> None:
     """Raise ConfigError when the replicas want more GPUs than there are.
 
@@ -108,18 +134,50 @@ def check_capacity(args: ServeArgs, resources: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, again and again without harm."""
-    stop = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: stop.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+def _signals(*numbers: signal.Signals) -> Iterator[threading.Event]:
+    """An event that these signals set, again and again without harm."""
+    came = threading.Event()
+    before = {number: signal.signal(number, lambda *_: came.set()) for number in numbers}
     try:
-        yield stop
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def take_policy(config: DeployConfig, read_again: Callable[[], DeployConfig]) -> DeployConfig:
+    """Deploy the live policy of the configuration as it stands now; what is served from then on.
+
+    Anything wrong with it, or anything else that changed, leaves all as it was.
+    """
+    try:
+        changed = read_again()
+        check_keys(changed.live)
+        ray_compat.check_document(changed.document)
+        if but_policy(changed) != but_policy(config):
+            raise ConfigError(
+                f"only the user_config of {CONTROLLER} may change while serving; start again for "
+                "the rest"
+            )
+    except ConfigError as error:
+        _say(f"the configuration was not taken: {error}")
+        return config
+    ray_compat.deploy(changed.document)
+    _say("the live policy was taken")
+    return changed
+
+
+def but_policy(config: DeployConfig) -> dict[str, Any]:
+    """A configuration's document without the one part that may change while it is served."""
+    applications = []
+    for application in config.document["applications"]:
+        kept = dict(application)
+        if application["name"] == CONTROL_APPLICATION:
+            named = {each["name"]: dict(each) for each in kept.pop("deployments", None) or []}
+            named.setdefault(CONTROLLER, {"name": CONTROLLER}).pop("user_config", None)
+            kept["deployments"] = named
+        applications.append(kept)
+    return config.document | {"applications": applications}
 
 
 def _wait_until_running(config: DeployConfig, stop: threading.Event) -> bool:
@@ -210,8 +268,9 @@ def _announce(config: DeployConfig, *, as_json: bool) -> None:
         "temperature": 0,
         "stream": True,
     }
+    key = "-H 'Authorization: Bearer KEY' " if config.live and config.live.tenants else ""
     example = (
-        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"curl -N {url}/v1/chat/completions {key}-H 'Content-Type: application/json' "
         f"-d '{json.dumps(body)}'"
     )
     plans = [each["plan_line"] for each in replicas]

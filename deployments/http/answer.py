@@ -6,9 +6,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from deployments.calls import Accepted, Backend, Call, Chunk, Delta, Failure
-from deployments.http.errors import FailureError
+from deployments.http.errors import FailureError, status_of
 from deployments.http.metrics import RequestTimer
 from deployments.http.stream import close_all, firsts, merged, watched
+from deployments.tenants.charges import Charge
 
 
 class Answer:
@@ -20,6 +21,7 @@ class Answer:
         stream_timeout_s: silence after which a sequence counts as lost.
         verdict_s: so much longer a sequence may wait to be let in.
         timer: told of every event.
+        charge: of the tenant's quota; what was not used of it is given back.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class Answer:
         stream_timeout_s: float,
         verdict_s: float,
         timer: RequestTimer,
+        charge: Charge,
     ) -> None:
         self._streams = [
             watched(backend.generate(call), stream_timeout_s, verdict_s=verdict_s) for call in calls
         ]
         self._choices_per_prompt = choices_per_prompt
         self._timer = timer
+        self._charge = charge
         self._prompt_tokens = 0
         self._completion_tokens = 0
 
@@ -60,6 +64,7 @@ class Answer:
             opened = True
         finally:
             if not opened:
+                self._charge.settle(0)  # unless it was refunded
                 await close_all(self._streams)
 
     def _count(self, number: int, verdict: Chunk) -> None:
@@ -89,8 +94,12 @@ class Answer:
             self._timer.done()
         finally:
             self._timer.left()
+            self._timer.used(self._prompt_tokens, self._completion_tokens)
+            self._charge.settle(self._prompt_tokens + self._completion_tokens)
             await chunks.aclose()
 
     def _failed(self, failure: Failure) -> FailureError:
         self._timer.failed(failure)
+        if not self._completion_tokens and status_of(failure) >= 429:  # not the client's fault
+            self._charge.refund()
         return FailureError(failure)

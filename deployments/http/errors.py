@@ -15,11 +15,21 @@ from starlette.exceptions import HTTPException
 
 from deployments.calls import Failure
 from select_n_core.decisions.facts import Reason
-from select_n_core.errors import InputError, OverloadedError
+from select_n_core.errors import (
+    AuthenticationError,
+    ForbiddenError,
+    InputError,
+    OverloadedError,
+    QuotaError,
+    SelectNError,
+)
 
 _log = logging.getLogger(__name__)
 
 _STATUS = {
+    AuthenticationError.code: 401,
+    ForbiddenError.code: 403,
+    QuotaError.code: 429,
     "context_length_exceeded": 400,
     "invalid_input": 400,
     "invalid_request": 400,
@@ -64,10 +74,14 @@ def error_body(failure: Failure) -> dict[str, Any]:
 
 def error_response(failure: Failure) -> Response:
     """The whole response of a request that failed before its first token."""
-    headers = {}
+    headers, status = {}, status_of(failure)
     if failure.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(failure.retry_after_s)))
-    return _json(failure, status_of(failure), headers)
+    elif status == 429:
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would, three times
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return _json(failure, status, headers)
 
 
 def _json(failure: Failure, status: int, headers: Mapping[str, str] | None) -> Response:
@@ -79,6 +93,7 @@ def _json(failure: Failure, status: int, headers: Mapping[str, str] | None) -> R
 def install(api: FastAPI) -> None:
     """Answer every error of `api` in OpenAI's shape."""
     api.add_exception_handler(FailureError, _on_failure)
+    api.add_exception_handler(SelectNError, _on_error)
     api.add_exception_handler(RequestValidationError, _on_invalid)
     api.add_exception_handler(HTTPException, _on_http)
     api.add_exception_handler(Exception, _on_unforeseen)
@@ -87,6 +102,10 @@ def install(api: FastAPI) -> None:
 async def _on_failure(request: Request, error: Exception) -> Response:
     assert isinstance(error, FailureError)
     return error_response(error.failure)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(Failure.of(error))
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

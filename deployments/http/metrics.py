@@ -9,13 +9,14 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from deployments.calls import Delta, Failure, Report
+from deployments.calls import Delta, Failure, Report, Terms
 from deployments.series import (
     ADMISSIONS,
     DURATION,
     PROVIDER,
     REPLICA_SERIES,
     REQUEST_SERIES,
+    TOKENS,
     TPOT,
     TTFT,
     VIOLATIONS,
@@ -32,7 +33,7 @@ class IngressMetrics:
     """What this ingress saw of its requests, for Prometheus and for whoever else listens.
 
     Args:
-        slos: each model's targets; a sequence that misses one counts as a violation.
+        slos: each model's targets; a sequence that misses its own counts as a violation.
         sinks: told of every measurement.
     """
 
@@ -54,11 +55,18 @@ class IngressMetrics:
 
 
 class RequestTimer:
-    """Times one request, from its construction, and records it when it ends."""
+    """Times one request, from its construction, and records it when it ends.
 
-    def __init__(self, metrics: IngressMetrics, model: str, operation: str) -> None:
+    Args:
+        terms: on which it is served.
+    """
+
+    def __init__(self, metrics: IngressMetrics, model: str, operation: str, terms: Terms) -> None:
         self._metrics = metrics
-        self._model = model
+        self._slo = terms.slo or metrics.slos.get(model)
+        self._class = {"class": terms.slo_class} if terms.slo_class else {}
+        # Names that the policy has, never a client's own words: they stay few.
+        self._model = {"model": model} | ({"tenant": terms.tenant} if terms.tenant else {})
         self._who = {
             "gen_ai.provider.name": PROVIDER,
             "gen_ai.request.model": model,
@@ -74,7 +82,7 @@ class RequestTimer:
     def admitted(self) -> None:
         """Every sequence was accepted."""
         self._admitted = True
-        self._metrics.record(ADMISSIONS, 1, {"model": self._model, "outcome": "admitted"})
+        self._metrics.record(ADMISSIONS, 1, self._model | {"outcome": "admitted"})
 
     def delta(self, index: int, delta: Delta) -> None:
         """Sequence `index` went on."""
@@ -88,6 +96,11 @@ class RequestTimer:
             span_s = self._last_s[index] - self._first_s[index]
             self._observe("tpot", TPOT, span_s / (self._tokens[index] - 1))
 
+    def used(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """So many tokens, when it ended."""
+        for kind, tokens in (("input", prompt_tokens), ("output", completion_tokens)):
+            self._metrics.record(TOKENS, tokens, self._model | {"type": kind})
+
     def done(self) -> None:
         """Every sequence finished."""
         self._end(None)
@@ -95,8 +108,8 @@ class RequestTimer:
     def failed(self, failure: Failure) -> None:
         """The request was refused, or broke."""
         if not self._admitted:
-            refusal = {"model": self._model, "outcome": "refused", "reason": failure.code}
-            self._metrics.record(ADMISSIONS, 1, refusal)
+            refusal = {"outcome": "refused", "reason": failure.code}
+            self._metrics.record(ADMISSIONS, 1, self._model | refusal)
         self._end(failure.code)
 
     def left(self) -> None:
@@ -111,9 +124,8 @@ class RequestTimer:
 
     def _observe(self, target: str, series: Series, value_s: float) -> None:
         self._metrics.record(series, value_s, self._who)
-        slo = self._metrics.slos.get(self._model)
-        if slo is not None and value_s > getattr(slo, f"{target}_s"):
-            self._metrics.record(VIOLATIONS, 1, {"model": self._model, "slo": target})
+        if self._slo is not None and value_s > getattr(self._slo, f"{target}_s"):
+            self._metrics.record(VIOLATIONS, 1, self._model | self._class | {"slo": target})
 
 
 class _PrometheusSink:

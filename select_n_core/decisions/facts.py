@@ -68,7 +68,7 @@ class StepState:
         k_min: the least k may become.
         k_up: the next larger k that gives more blocks; None where there is none.
         blocks_at: KV blocks that exist at every k; empty where k stands still.
-        tpot_s: the promise; a batch that takes longer per step cannot keep it.
+        tpot_s: the tightest promise to anyone; a batch that takes longer per step cannot keep it.
         calm_s: since a miss was predicted. dwell_s: since k turned.
         reserve: share by which a step may take longer than predicted.
         levels: weighted tokens served so far, of every tenant with a live request.

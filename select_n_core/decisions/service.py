@@ -133,24 +133,21 @@ class ServiceOrder:
 
 
 class TenantLedger:
-    """The virtual token counters of all tenants.
+    """The virtual token counters of all tenants."""
 
-    Args:
-        weights: of tenants whose fair share is not 1.
-    """
-
-    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
-        self._weights = dict(weights or {})
+    def __init__(self) -> None:
+        self._weights: dict[str, float] = {}
         self._live: Counter[str] = Counter()
         self._levels: dict[str, float] = {}
         self._floor = 0.0  # the least level when somebody was last active
 
-    def join(self, tenant: str) -> None:
-        """A request of the tenant arrived.
+    def join(self, tenant: str, weight: float = 1.0) -> None:
+        """A request of the tenant arrived; from now on its tokens count by `weight`.
 
         A tenant that was away is lifted to the least level of the active ones: idling earns no
         credit.
         """
+        self._weights[tenant] = weight
         if not self._live[tenant]:
             level = max(self._levels.get(tenant, 0.0), self._least())
             self._levels[tenant] = level
@@ -162,7 +159,7 @@ class TenantLedger:
         self._live[tenant] -= 1
         if self._live[tenant]:
             return
-        del self._live[tenant]
+        del self._live[tenant], self._weights[tenant]
         if not self._live:
             self._floor = self._levels[tenant]
         floor = self._least()
@@ -174,7 +171,7 @@ class TenantLedger:
 
     def charge(self, tenant: str, tokens: float) -> None:
         """The tenant was served weighted `tokens`."""
-        self._levels[tenant] += tokens / self._weights.get(tenant, 1.0)
+        self._levels[tenant] += tokens / self._weights[tenant]
 
     def levels(self) -> dict[str, float]:
         """Of the tenants with live requests."""

@@ -218,6 +218,7 @@ def _info(prepared: Prepared, engine: Engine, eos: tuple[int, ...]) -> EngineInf
         plan_line=prepared.line(),
         units=executor.memory.units,
         k=plan.k,
+        k_min=plan.k_min,
         interval=plan.interval,
         max_batch=plan.max_running,
         max_tokens=capacity_tokens(plan, inputs),

@@ -179,6 +179,7 @@ class Engine:
         executor, scheduler, now_s = self.executor, self.scheduler, self._clock()
         counters = executor.link.counters
         return EngineStats(
+            measured_at_s=time.time(),
             k=executor.k,
             interval=interval_of_k(executor.k, executor.memory.units),
             mirrored=executor.m,
@@ -315,7 +316,8 @@ class Engine:
         now_s = self._clock()
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
-            self._headroom.saw_first_token(now_s, now_s - sequence.arrived_s)
+            took_s = now_s - sequence.arrived_s
+            self._headroom.saw_first_token(now_s, took_s / sequence.promise.ttft_s)
         sequence.last_token_s = now_s
 
     def _note_returned(self, error: SelectNError) -> None:
@@ -329,7 +331,8 @@ class Engine:
             assert sequence.first_token_s is not None
             assert sequence.last_token_s is not None
             span_s = sequence.last_token_s - sequence.first_token_s
-            self._headroom.saw_finish(self._clock(), span_s / (sequence.output_tokens - 1))
+            tpot_s = span_s / (sequence.output_tokens - 1)
+            self._headroom.saw_finish(self._clock(), tpot_s / sequence.promise.tpot_s)
 
     def _fail(self, request_id: str, error: Exception) -> None:
         self._forget(request_id)

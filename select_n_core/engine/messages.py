@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -74,8 +75,13 @@ class Request:
         id: unique among live requests.
         prompt: token ids, at least one.
         tenant: opaque; requests of one tenant share its fair share.
-        priority: its class; a larger one is served first, within its tenant's share.
+        weight: of the tenant's share, against those of others; the latest one holds.
+        slo_class: opaque; requests of one class share its part of the queue.
+        priority: a larger one is served first, within its tenant's share.
         deadline_s: its first token is due so long after its arrival; None follows the SLO.
+        tpot_s: per output token after the first; None, or less than the SLO's, is the SLO's.
+        max_wait_s: to be let in; None follows the SLO.
+        max_queue: new requests of its class that may wait; None is as many as of all classes.
         sent_s: when it arrived, by the machine's monotonic clock; None is when the engine reads it.
     """
 
@@ -83,15 +89,22 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     tenant: str = ""
+    weight: float = 1.0
+    slo_class: str = ""
     priority: int = 0
     deadline_s: float | None = None
+    tpot_s: float | None = None
+    max_wait_s: float | None = None
+    max_queue: int | None = None
     sent_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.deadline_s is not None and not self.deadline_s >= 0:
-            raise InputError(
-                f"deadline_s must not be negative, got {self.deadline_s}", field="deadline_s"
-            )
+        if not 0 < self.weight < math.inf:
+            raise InputError(f"weight must be above zero, got {self.weight}", field="weight")
+        for name in ("deadline_s", "tpot_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} must be above zero, got {value}", field=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +139,7 @@ class EngineStats:
     """A step's view of the engine, for reports and autoscaling.
 
     Attributes:
+        measured_at_s: the time of day (`time.time()`) at which all of it held.
         k, interval: units streamed now and N = L/k.
         mirrored, cap: units mirrored, and the most that the lease allows to stream.
         host_bytes, lease_bytes: what the mirrors take, and what they may.
@@ -143,6 +157,7 @@ class EngineStats:
         admitted: requests let in since start. returned: those that were not, by reason.
     """
 
+    measured_at_s: float = 0.0
     k: int = 0
     interval: float | None = None
     mirrored: int = 0
@@ -191,6 +206,7 @@ class EngineInfo:
 
     Attributes:
         plan_line: what was requested, pinned and predicted, for people.
+        k_min: the fewest units that can be streamed in this arena.
         max_tokens: the most prompt plus output tokens one request may have.
         device_bytes: the arena, exactly. host_bytes: mirrors and host KV blocks, exactly.
         compute_kind: `real`, or `paced`: held to a record's times.
@@ -211,6 +227,7 @@ class EngineInfo:
     link_bytes_per_s: float
     eos_token_ids: tuple[int, ...] = ()
     compute_kind: str = "real"
+    k_min: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from select_n_core.decisions.batch import Batch
 from select_n_core.decisions.facts import (
@@ -31,6 +31,7 @@ from select_n_core.engine.messages import Request
 from select_n_core.engine.overload import queue_full, waited_in_vain
 from select_n_core.engine.residence import Residence, Swapping
 from select_n_core.engine.sequence import Sequence, Turn, facts_of
+from select_n_core.engine.targets import TPOT_AIM, promised
 from select_n_core.errors import (
     ContextLengthError,
     DeviceMemoryError,
@@ -42,9 +43,6 @@ from select_n_core.slo import SLO
 
 Clock = Callable[[], float]
 
-# Shares of the targets that decisions aim at: what is left over takes up what nobody can predict.
-_TPOT_AIM = 0.98
-_TTFT_AIM = 0.9
 _PATIENCE = 4.0  # promised lifetimes of a typical request that one waits to be lifted by a class
 
 
@@ -91,7 +89,6 @@ class Scheduler:
         latency: what decisions predict with. reserve: share by which steps may take longer.
         k: units streamed now. change: what it is to turn to, as decided last.
         swapping: None where there are no host KV blocks. turning: None where k stands still.
-        weights: of tenants whose fair share is not 1.
         waiting, running: live requests by id.
         swaps, recomputes: preemptions so far, by what became of the cache.
         admitted: requests let in so far. returned: those that were not, by reason.
@@ -106,7 +103,6 @@ class Scheduler:
     clock: Clock
     swapping: Swapping | None = None
     turning: Turning | None = None
-    weights: dict[str, float] = field(default_factory=dict)
     waiting: dict[str, Sequence] = field(default_factory=dict, init=False)
     running: dict[str, Sequence] = field(default_factory=dict, init=False)
     reserve: float = field(default=0.0, init=False)
@@ -121,19 +117,12 @@ class Scheduler:
     _failed: list[tuple[str, SelectNError]] = field(default_factory=list, init=False)
     _entered: list[str] = field(default_factory=list, init=False)
     _forecast: Forecast | None = field(default=None, init=False)  # of the step to come
-    _aim: SLO = field(init=False)
+    _tpots_s: Counter[float] = field(default_factory=Counter, init=False)  # aimed at, of the live
     _missed_s: float = field(init=False)
     _turned_s: float = field(init=False)
 
     def __post_init__(self) -> None:
-        longest_s = self.slo.max_wait_s  # None: until its own first token is due
-        self._aim = replace(
-            self.slo,
-            tpot_s=self.slo.tpot_s * _TPOT_AIM,
-            ttft_s=self.slo.ttft_s * _TTFT_AIM,
-            max_wait_s=longest_s and min(longest_s, self.slo.ttft_s * _TTFT_AIM),
-        )
-        self._ledger = TenantLedger(self.weights)
+        self._ledger = TenantLedger()
         self._residence = Residence(self.blocks, self.swapping)
         lifetime_s = self.slo.ttft_s + self.limits.expected_output * self.slo.tpot_s
         self._policy = ServicePolicy(
@@ -179,14 +168,26 @@ class Scheduler:
         arrived_s = self.clock()
         if request.sent_s is not None:
             arrived_s = min(arrived_s, request.sent_s)
-        sequence = Sequence(request, arrived_s, since_s=arrived_s)
-        if len(self.waiting) >= self.limits.max_queue + places:
-            queued = sum(not each.preempted for each in self.waiting.values())
-            if queued >= self.limits.max_queue + places:
-                self.returned[Reason.QUEUE] += 1
-                raise queue_full(queued, self._fits_in_s(sequence))
-        self._ledger.join(request.tenant)
+        sequence = Sequence(request, arrived_s, promised(self.slo, request), since_s=arrived_s)
+        if (queued := self._crowd(request, places)) is not None:
+            self.returned[Reason.QUEUE] += 1
+            raise queue_full(queued, self._fits_in_s(sequence))
+        self._ledger.join(request.tenant, request.weight)
+        self._tpots_s[sequence.aim.tpot_s] += 1
         self.waiting[request.id] = sequence
+
+    def _crowd(self, request: Request, places: int) -> int | None:
+        """How many wait, of all classes or of the request's, where no more may; else None."""
+        if request.max_queue is None and len(self.waiting) < self.limits.max_queue + places:
+            return None
+        waiting = [each for each in self.waiting.values() if not each.preempted]
+        if len(waiting) >= self.limits.max_queue + places:
+            return len(waiting)
+        if request.max_queue is not None:
+            alike = sum(each.request.slo_class == request.slo_class for each in waiting)
+            if alike >= request.max_queue + places:
+                return alike
+        return None
 
     def find(self, request_id: str) -> Sequence | None:
         """The live sequence of that id."""
@@ -200,6 +201,9 @@ class Scheduler:
         if sequence is not None:
             self._residence.forget(sequence)
             self._ledger.leave(sequence.request.tenant)
+            self._tpots_s[sequence.aim.tpot_s] -= 1
+            if not self._tpots_s[sequence.aim.tpot_s]:
+                del self._tpots_s[sequence.aim.tpot_s]
         return sequence
 
     def runs(self, sequence: Sequence) -> bool:
@@ -259,13 +263,13 @@ class Scheduler:
 
     def state(self) -> StepState:
         """The facts that the step's decision is made from."""
-        now_s, slo, expected = self.clock(), self._aim, self.limits.expected_output
+        now_s, expected = self.clock(), self.limits.expected_output
         size = self.blocks.block_tokens
         turning = self.turning
         exist = self.blocks.blocks if turning is None else turning.blocks_at[self.k]
         return StepState(
-            running=facts_of(self.running.values(), now_s, slo, size, expected),
-            waiting=facts_of(self.waiting.values(), now_s, slo, size, expected),
+            running=facts_of(self.running.values(), now_s, size, expected),
+            waiting=facts_of(self.waiting.values(), now_s, size, expected),
             free_blocks=self.blocks.free_blocks,
             blocks=exist,
             block_tokens=size,
@@ -274,7 +278,7 @@ class Scheduler:
             least_chunk=self.limits.least_chunk,
             k=self.k,
             slots=self.slots,
-            tpot_s=slo.tpot_s,
+            tpot_s=min(self._tpots_s, default=self.slo.tpot_s * TPOT_AIM),
             policy=self._policy,
             k_min=self.k if turning is None else turning.k_min,
             k_up=self._k_up(),
@@ -355,5 +359,5 @@ class Scheduler:
             batch = Batch(state.running, state)
             pace = pace_of(self.latency, self.k, self.slots)
             self._forecast = Forecast(state, batch, (), state.waiting, pace)
-        (facts,) = facts_of([sequence], self.clock(), self._aim, size, expected)
+        (facts,) = facts_of([sequence], self.clock(), size, expected)
         return self._forecast.fits_in_s(facts)

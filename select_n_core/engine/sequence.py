@@ -11,7 +11,7 @@ from select_n_core.decisions.facts import RequestFacts
 from select_n_core.decisions.latency import StepShape, chunk_pairs
 from select_n_core.decisions.service import INPUT_WEIGHT, OUTPUT_WEIGHT
 from select_n_core.engine.messages import Request
-from select_n_core.slo import SLO
+from select_n_core.engine.targets import Targets, aimed
 
 
 @dataclass(slots=True)
@@ -21,6 +21,7 @@ class Sequence:
     Attributes:
         request: without its prompt, which `tokens` begins with: the garbage collector would visit
             every token of a tuple, at the expense of some step.
+        promise: what it was let in for, or will be. aim: what is decided by.
         tokens: prompt and output so far; no list, for the same reason.
         prompt_tokens: how many of them are the prompt.
         computed: tokens whose K/V are in the cache, on the device or in host blocks.
@@ -34,6 +35,8 @@ class Sequence:
 
     request: Request
     arrived_s: float
+    promise: Targets
+    aim: Targets = field(init=False)
     tokens: array[int] = field(init=False)
     prompt_tokens: int = field(init=False)
     computed: int = 0
@@ -49,6 +52,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         request = self.request
+        self.aim = aimed(self.promise)
         self.tokens, self.prompt_tokens = array("q", request.prompt), len(request.prompt)
         self.request = replace(request, prompt=())
         self.facts = RequestFacts(
@@ -72,13 +76,6 @@ class Sequence:
         """Prompt and output at most."""
         return self.prompt_tokens + self.request.sampling.max_tokens
 
-    def slack_s(self, now_s: float, slo: SLO) -> float:
-        """Seconds until its next token is due: the first by TTFT, then one per TPOT."""
-        if self.first_token_s is not None:
-            return self.first_token_s + slo.tpot_s * self.output_tokens - now_s
-        deadline_s = self.request.deadline_s
-        return self.arrived_s + (slo.ttft_s if deadline_s is None else deadline_s) - now_s
-
     def charge(self, tokens: int) -> float:
         """Weighted tokens up to `tokens` in all that its tenant was not charged for yet."""
         begin, end, prompt = self.charged, min(tokens, self.most_tokens), self.prompt_tokens
@@ -90,7 +87,7 @@ class Sequence:
 
 
 def facts_of(
-    sequences: Iterable[Sequence], now_s: float, slo: SLO, block_tokens: int, expected_output: int
+    sequences: Iterable[Sequence], now_s: float, block_tokens: int, expected_output: int
 ) -> tuple[RequestFacts, ...]:
     """What decisions look at, brought up to date.
 
@@ -98,7 +95,6 @@ def facts_of(
     every step.
     """
     found = []
-    tpot_s, max_wait_s = slo.tpot_s, slo.max_wait_s
     for each in sequences:
         facts, computed, first_s, since_s = (
             each.facts,
@@ -106,6 +102,7 @@ def facts_of(
             each.first_token_s,
             each.since_s,
         )
+        tpot_s, ttft_s, max_wait_s = each.aim
         known, prompt, most = len(each.tokens), each.prompt_tokens, facts.most_tokens
         left, output = known - computed, known - prompt
         facts.context_tokens = computed
@@ -114,7 +111,7 @@ def facts_of(
         expected = prompt + expected_output if output < expected_output else known + 1
         facts.expected_tokens = expected if expected < most else most
         if first_s is None:
-            facts.slack_s = each.slack_s(now_s, slo)
+            facts.slack_s = each.arrived_s + ttft_s - now_s
         else:
             facts.slack_s = first_s + tpot_s * output - now_s
         if since_s is None:

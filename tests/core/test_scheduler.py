@@ -12,7 +12,6 @@ from select_n_core.decisions.facts import Reason
 from select_n_core.decisions.latency import ComputeModel, LatencyModel
 from select_n_core.engine.messages import FinishReason, Request, SamplingParams
 from select_n_core.engine.scheduler import Limits, Scheduler
-from select_n_core.engine.sequence import Sequence
 from select_n_core.errors import (
     ContextLengthError,
     DeviceMemoryError,
@@ -147,8 +146,9 @@ class TestLettingIn:
         assert not queue.waiting
 
     def test_a_deadline_before_arrival_is_refused(self):
-        with pytest.raises(InputError, match="deadline_s must not be negative"):
-            request("a", deadline_s=-1.0)
+        for name in ("deadline_s", "tpot_s"):
+            with pytest.raises(InputError, match=f"{name} must be above zero"):
+                request("a", **{name: -1.0})
 
     def test_a_burst_on_an_idle_replica_may_fill_the_batch_and_the_queue(self):
         queue = scheduler(max_queue=1, max_batch=2)
@@ -221,12 +221,72 @@ class TestFacts:
         assert (running.context_tokens, running.prompt_left, running.is_new) == (5, 0, False)
 
 
+class TestOwnTargets:
+    def test_steps_keep_to_the_tightest_promise_to_anyone(self):
+        queue = scheduler()
+        assert queue.state().tpot_s == pytest.approx(0.098)
+        queue.add(request("a", tpot_s=0.4))
+        assert queue.state().tpot_s == pytest.approx(0.392)
+        queue.add(request("b", tpot_s=0.2))
+        assert queue.state().tpot_s == pytest.approx(0.196)
+        queue.remove("b")
+        assert queue.state().tpot_s == pytest.approx(0.392)
+        queue.remove("a")
+        assert queue.state().tpot_s == pytest.approx(0.098)
+
+    def test_nobody_is_promised_more_than_the_model_was_planned_for(self):
+        queue = scheduler()
+        queue.add(request("a", tpot_s=0.01))
+        assert queue.find("a").promise.tpot_s == 0.1
+
+    def test_one_waits_as_long_as_its_own_class_lets_it(self):
+        clock = Clock()
+        queue = scheduler(blocks=4, clock=clock)
+        queue.add(request("runs", 40, 20))
+        queue.next_step()
+        queue.add(request("hasty", 40, 20, max_wait_s=0.1))
+        queue.add(request("patient", 40, 20, max_wait_s=0.4))
+        clock.now_s += 0.2
+        queue.next_step()
+        assert [name for name, _ in queue.take_failed()] == ["hasty"]
+        clock.now_s += 0.3
+        queue.next_step()
+        assert [name for name, _ in queue.take_failed()] == ["patient"]
+
+    def test_a_class_fills_its_own_part_of_the_queue_only(self):
+        queue = scheduler(max_batch=1, max_queue=3)
+        queue.add(request("runs"))
+        queue.next_step()
+        queue.add(request("a", slo_class="batch", max_queue=1))
+        with pytest.raises(OverloadedError, match="waiting already"):
+            queue.add(request("b", slo_class="batch", max_queue=1))
+        queue.add(request("c", slo_class="chat", max_queue=2))
+        assert list(queue.waiting) == ["a", "c"]
+
+    def test_twice_the_weight_is_twice_the_tokens_from_the_next_request_on(self):
+        world = served(COSTLY, SLACK, [40], max_batch=2)
+        for number in range(60):
+            for tenant, weight in (("heavy", 2.0), ("light", 1.0)):
+                world.engine.submit(
+                    asked(
+                        f"{tenant}{number}", tokens=6, tenant=tenant, weight=weight, deadline_s=60.0
+                    )
+                )
+        while len(world.ends) < 45:
+            world.step()
+        heavy = sum(name.startswith("heavy") for name in world.ends)
+        assert 27 <= heavy <= 33
+
+
 class TestSlack:
     def test_before_the_first_token_the_target_is_that_of_ttft_or_its_own(self):
-        slo = SLO(tpot_s=0.1, ttft_s=1.0)
-        assert Sequence(request("a"), 5.0).slack_s(5.25, slo) == 0.75
-        own = request("a", deadline_s=0.5)
-        assert Sequence(own, 5.0).slack_s(5.25, slo) == 0.25
+        clock = Clock()
+        queue = scheduler(clock=clock)
+        for asked in (request("a"), request("b", deadline_s=0.5)):
+            queue.add(asked)
+        clock.now_s += 0.25
+        slack_s = {each.id: each.slack_s for each in queue.state().waiting}
+        assert slack_s == pytest.approx({"a": 0.9 - 0.25, "b": 0.45 - 0.25})
 
     def test_every_token_earns_its_time_and_the_clock_spends_it(self):
         clock = Clock()

@@ -138,12 +138,23 @@ class TestLedger:
         assert ledger.levels() == {"a": 80, "b": 80}
 
     def test_a_tenant_of_twice_the_weight_gets_twice_the_tokens(self):
-        ledger = TenantLedger({"heavy": 2.0})
-        for name in ("heavy", "light"):
-            ledger.join(name)
+        ledger = TenantLedger()
+        ledger.join("heavy", 2.0)
+        ledger.join("light")
         ledger.charge("heavy", 100)
         ledger.charge("light", 50)
         assert ledger.levels() == {"heavy": 50, "light": 50}
+
+    def test_a_weight_holds_from_the_tenants_next_request_on(self):
+        ledger = TenantLedger()
+        ledger.join("a")
+        ledger.charge("a", 100)
+        ledger.join("a", 4.0)
+        ledger.charge("a", 100)
+        assert ledger.levels() == {"a": 125}
+        ledger.leave("a")
+        ledger.charge("a", 100)
+        assert ledger.levels() == {"a": 150}
 
     def test_tenants_that_went_away_are_forgotten_once_that_changes_nothing(self):
         ledger = TenantLedger()
@@ -177,11 +188,11 @@ class TestLedger:
 def test_serving_in_order_shares_tokens_by_weight_whatever_a_request_costs(weights):
     """The fairness bound: tenants with work drift apart by no more than the largest request."""
     policy = replace(POLICY, share_tokens=1e9)
-    ledger = TenantLedger(weights)
+    ledger = TenantLedger()
     cost = {"a": 7, "b": 60, "c": 23}
     served = dict.fromkeys(cost, 0.0)
     for name in cost:
-        ledger.join(name)
+        ledger.join(name, weights.get(name, 1.0))
     for _ in range(500):
         order = ServiceOrder(policy, ledger.levels())
         first = min((Live(name, name) for name in cost), key=order.key)

@@ -17,6 +17,7 @@ from deployments.calls import Call, Failure, Report
 from deployments.http.api import create_api
 from deployments.replica import Replica
 from deployments.series import Sink
+from deployments.tenants.gate import PolicySource, open_to_all
 from select_n_core.config import ServeArgs, parse_args
 from select_n_core.engine.messages import (
     EngineInfo,
@@ -213,10 +214,13 @@ def serving(
     *,
     stream_timeout: str = "5s",
     sinks: Sequence[Sink] = (),
+    policy: PolicySource = open_to_all,
+    models: Sequence[str] = (MODEL,),
 ) -> Iterator[str]:
-    """The HTTP side around one replica on a loopback port; yields its URL."""
-    backends = {MODEL: LocalBackend(replica(engine, text))}
-    api = create_api(backends, args(stream_timeout=stream_timeout), sinks=sinks)
+    """The HTTP side around one replica, of every model, on a loopback port; yields its URL."""
+    backends = dict.fromkeys(models, LocalBackend(replica(engine, text)))
+    asked = args(*models, stream_timeout=stream_timeout)
+    api = create_api(backends, asked, policy=policy, sinks=sinks)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -236,10 +240,11 @@ def serving(
 class Client:
     """Talks to a served script as any HTTP client would."""
 
-    def __init__(self, url: str, engine: ScriptedEngine) -> None:
+    def __init__(self, url: str, engine: ScriptedEngine, key: str | None = None) -> None:
         self.engine = engine
         self.url = url
-        self.http = httpx.Client(base_url=url, timeout=20)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.Client(base_url=url, timeout=20, headers=headers)
 
     def chat(self, **fields) -> httpx.Response:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], **fields}

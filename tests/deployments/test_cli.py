@@ -10,6 +10,7 @@ import yaml
 from tiny import save_tiny
 
 from deployments.cli.main import app
+from deployments.tenants.keys import KeyFile, hash_of
 
 LINK = "emulated:2GB/s"
 PLAN = ["--tpot", "1s", "--ttft", "10s", "--host-memory", "64MiB"]
@@ -258,3 +259,26 @@ def test_check_prints_the_plan_that_serving_would_use(cli, model, tmp_path):
     code, out, err = cli("check", str(path), "--json")
     assert (code, out) == (2, "")
     assert "slo_below_compute" in err.splitlines()[-1]
+
+
+class TestKey:
+    @pytest.mark.parametrize("tenant", ["acme", "yes", "42"])
+    def test_the_line_lets_the_key_in(self, cli, tmp_path, tenant):
+        code, out, _ = cli("key", tenant)
+        key, line = out.splitlines()
+        assert code == 0
+        assert key not in line
+        path = tmp_path / "keys.yaml"
+        path.write_text(f"{line}\n")
+        assert KeyFile().tenant_of(key, str(path)) == tenant
+        assert KeyFile().tenant_of(f"{key}x", str(path)) is None
+
+    def test_json_has_the_same(self, cli):
+        _, out, _ = cli("key", "acme", "--json")
+        made = json.loads(out)
+        assert made["line"] == f"{hash_of(made['key'])}: acme"
+
+    def test_a_name_that_no_tenant_can_have_is_refused(self, cli):
+        code, out, err = cli("key", "no such")
+        assert (code, out) == (2, "")
+        assert err.startswith("error: tenant: 'no such' is no tenant's name")

@@ -4,7 +4,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from standins import HANG, MODEL
 
-from deployments.calls import Delta
+from deployments.calls import Delta, Terms
 from deployments.http.metrics import IngressMetrics, RequestTimer
 from select_n_core.errors import EngineError, OverloadedError
 from select_n_core.slo import SLO
@@ -72,7 +72,7 @@ def test_metrics_tell_why_a_request_ended(says):
 
 def test_a_missed_target_is_a_violation():
     metrics = IngressMetrics({MODEL: SLO(tpot_s=1e-9, ttft_s=1000)})
-    timer = RequestTimer(metrics, MODEL, "chat")
+    timer = RequestTimer(metrics, MODEL, "chat", Terms())
     timer.delta(0, Delta("a", tokens=1))
     timer.delta(0, Delta("b", tokens=1))
     timer.delta(0, Delta("", finish="stop"))

@@ -17,10 +17,18 @@ import served
 from collector import collecting
 from standins import MODEL, args, events, eventually
 
-from deployments.cli.serve import check_capacity, check_port, find_cause
+from deployments.cli.serve import (
+    but_policy,
+    check_capacity,
+    check_keys,
+    check_port,
+    find_cause,
+    take_policy,
+)
 from deployments.ray_compat import check_document
-from select_n_core.config import HTTPOptions
+from select_n_core.config import DeployConfig, HTTPOptions
 from select_n_core.errors import ConfigError, InfeasibleError
+from select_n_core.live import parse_policy
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -45,6 +53,16 @@ def test_a_busy_port_is_one_clear_line():
 def test_a_host_that_is_not_ours_is_one_clear_line():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
         check_port(HTTPOptions(host="192.0.2.1", port=8000))
+
+
+def test_keys_that_cannot_be_read_are_one_clear_line(tmp_path):
+    path = tmp_path / "keys.yaml"
+    policy = parse_policy({"tenants": [{"name": "acme"}], "keys_file": str(path)})
+    with pytest.raises(ConfigError, match=r"keys_file: cannot read .*: No such file"):
+        check_keys(policy)
+    path.write_text("{}")
+    check_keys(policy)
+    check_keys(None)
 
 
 def test_a_broken_part_of_ray_serves_own_is_one_clear_line():
@@ -72,6 +90,48 @@ def test_more_cuda_replicas_than_gpus_are_refused_with_the_numbers():
 def test_cuda_without_a_gpu_is_refused_and_names_emulated():
     with pytest.raises(ConfigError, match=r"has 0; set link.kind to 'emulated'"):
         check_capacity(cuda(1), {"CPU": 8})
+
+
+def with_control(policy: dict | None = None, **changes) -> DeployConfig:
+    document = served.config(8000, "endless").document | changes
+    control = {"name": "control", "import_path": "deployments.control.app:build_app"}
+    if policy is not None:
+        control["deployments"] = [{"name": "ClusterController", "user_config": policy}]
+    document["applications"] = [control, *document["applications"]]
+    live = parse_policy(policy or {})
+    return DeployConfig(document=document, http=HTTPOptions(), serve=args(), live=live)
+
+
+def test_only_the_live_policy_may_change_while_it_serves():
+    before = but_policy(with_control())
+    assert but_policy(with_control({"classes": {}})) == before
+    assert but_policy(with_control({"classes": {"chat": {"tpot": "50ms"}}})) == before
+    assert but_policy(with_control(proxy_location="EveryNode")) != before
+    assert but_policy(served.config(8000, "endless")) != before
+    other = with_control({})
+    other.document["applications"][0]["deployments"][0]["num_replicas"] = 2
+    assert but_policy(other) != before
+
+
+def broken() -> DeployConfig:
+    raise ConfigError("applications.0.deployments.0.user_config.classes: is wrong")
+
+
+@pytest.mark.parametrize(
+    ("read_again", "why"),
+    [
+        (broken, "user_config.classes: is wrong"),
+        (lambda: with_control(proxy_location="EveryNode"), "only the user_config of Cluster"),
+        (lambda: with_control(proxy_location="Nowhere"), "proxy_location"),
+        (lambda: with_control({"tenants": [{"name": "a"}], "keys_file": "/none"}), "keys_file"),
+    ],
+)
+def test_a_policy_that_cannot_be_taken_leaves_all_as_it_was(read_again, why, capsys):
+    config = with_control()
+    assert take_policy(config, read_again) is config
+    said = capsys.readouterr().err
+    assert "was not taken" in said
+    assert why in said
 
 
 def test_the_cause_of_a_failed_start_is_our_own_error():

@@ -28,6 +28,7 @@ def free_port() -> int:
 class Server:
     process: subprocess.Popen
     port: int
+    path: Path
     lines: list[str] = field(default_factory=list)
     stopped_in_s: float | None = None
 
@@ -60,7 +61,7 @@ def start(document: dict, directory: Path, **environment: str) -> Server:
         text=True,
         env=os.environ | environment,
     )
-    server = Server(process, port)
+    server = Server(process, port, path)
     assert process.stdout is not None
     for line in process.stdout:
         server.lines.append(line.rstrip())

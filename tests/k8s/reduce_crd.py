@@ -18,6 +18,7 @@ POD = {
     "nodeSelector",
     "securityContext",
     "tolerations",
+    "volumes",
 }
 CONTAINER = {
     "env",
@@ -30,7 +31,9 @@ CONTAINER = {
     "resources",
     "securityContext",
     "startupProbe",
+    "volumeMounts",
 }
+VOLUME = {"name", "secret"}
 SPEC = {"excludeHeadPodFromServeSvc", "rayClusterConfig", "serveConfigV2", "upgradeStrategy"}
 CLUSTER = {
     "authOptions",
@@ -85,6 +88,7 @@ def main(path):
         pod = group["properties"]["template"]["properties"]["spec"]
         keep(pod, POD)
         keep(pod["properties"]["containers"]["items"], CONTAINER)
+        keep(pod["properties"]["volumes"]["items"], VOLUME)
     json.dump(schema, sys.stdout, indent=1)
     sys.stdout.write("\n")
 

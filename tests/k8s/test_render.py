@@ -86,6 +86,24 @@ CONFIGS = {
 }
 
 
+def controlled(*models, **policy):
+    """A configuration with a controller beside its models."""
+    document = config(*models).document
+    deployments = [{"name": "ClusterController", "user_config": policy}]
+    control = {
+        "name": "control",
+        "route_prefix": None,
+        "import_path": "deployments.control.app:build_app",
+        "deployments": deployments,
+    }
+    return parse_config(document | {"applications": [control, *document["applications"]]})
+
+
+TENANTS = {"tenants": [{"name": "acme"}], "keys_file": "/etc/select-n/keys.yaml"}
+CONFIGS["cluster"] = load_config(ROOT / "examples" / "cluster.yaml")
+CONFIGS["tenants"] = controlled(model(), **TENANTS)
+
+
 @pytest.fixture(scope="module")
 def schema():
     return strict_schema()
@@ -128,7 +146,8 @@ def test_the_serve_config_is_the_file_but_for_address_and_memory_claims(name):
     source = CONFIGS[name].document
     document = serve_config(CONFIGS[name])
     for rendered, given in zip(document["applications"], source["applications"], strict=True):
-        assert {k: v for k, v in rendered.items() if k != "deployments"} == given
+        ours = {"deployments"} if given["name"] == "serve" else set()
+        assert {k: v for k, v in rendered.items() if k not in ours} == given
     assert document["http_options"] == source["http_options"] | {"host": "0.0.0.0"}
     assert document["proxy_location"] == "EveryNode"
     assert set(document) == set(source)
@@ -141,9 +160,11 @@ def test_the_serve_config_is_one_that_we_and_ray_read(name):
     document = serve_config(CONFIGS[name])
     again = parse_config(document)
     assert again.serve == CONFIGS[name].serve
+    assert again.live == CONFIGS[name].live
     assert again.http.host == "0.0.0.0"
     schema = ServeDeploySchema.model_validate(document)
-    assert [application.name for application in schema.applications] == ["serve"]
+    given = [application["name"] for application in CONFIGS[name].document["applications"]]
+    assert [application.name for application in schema.applications] == given
     assert schema.http_options.port == CONFIGS[name].http.port
 
 
@@ -211,6 +232,33 @@ def test_memory_is_what_the_model_may_use_and_the_processes_around_it():
     assert container(group)["resources"]["requests"]["memory"] == f"{pod // MIB}Mi"
     # Ray kills workers at 95 %: everything that is counted stays below.
     assert replica_memory_bytes(emulated) + 256 * MIB + GIB + 512 * MIB <= 0.9 * pod
+
+
+def test_a_controller_is_passed_on_as_it_is_and_any_pod_has_room_for_it():
+    document = serve_config(CONFIGS["tenants"])
+    [control] = [each for each in document["applications"] if each["name"] == "control"]
+    assert control["deployments"] == [{"name": "ClusterController", "user_config": TENANTS}]
+    needed = replica_memory_bytes(CONFIGS["gpu"].serve.models[0])
+    memory = {}
+    for name in ("gpu", "tenants"):
+        (group,) = workers(CONFIGS[name])
+        memory[name] = container(group)["resources"]["requests"]["memory"]
+        assert group["rayStartParams"]["memory"] == str(needed)
+    assert memory["gpu"] == f"{pod_memory_bytes(needed) // MIB}Mi"
+    assert memory["tenants"] == f"{pod_memory_bytes(needed, controlled=True) // MIB}Mi"
+    assert pod_memory_bytes(needed, controlled=True) > pod_memory_bytes(needed)
+
+
+def test_the_keys_of_tenants_come_from_a_secret_at_the_place_the_policy_names():
+    (group,) = workers(CONFIGS["tenants"], name="mine")
+    assert group["template"]["spec"]["volumes"] == [
+        {"name": "keys", "secret": {"secretName": "mine-keys"}}
+    ]
+    assert container(group)["volumeMounts"] == [
+        {"name": "keys", "mountPath": "/etc/select-n", "readOnly": True}
+    ]
+    (group,) = workers(CONFIGS["cluster"])
+    assert "volumes" not in group["template"]["spec"]
 
 
 def test_requests_equal_limits_so_that_nothing_pinned_is_reclaimed():
