@@ -15,7 +15,7 @@ _NEWS_S = 0.05  # between two reports of new measurements
 _QUIET_S = 0.1  # between two reports where nothing is new: the sender still lives
 _INGRESS_S = 0.5
 
-R = TypeVar("R", ReplicaReport, IngressReport)
+R = TypeVar("R", bound=ReplicaReport | IngressReport)
 
 
 class Reporter(Generic[R]):
