@@ -94,7 +94,11 @@ def test_cuda_without_a_gpu_is_refused_and_names_emulated():
 
 def with_control(policy: dict | None = None, **changes) -> DeployConfig:
     document = served.config(8000, "endless").document | changes
-    control = {"name": "control", "import_path": "deployments.control.app:build_app"}
+    control = {
+        "name": "control",
+        "route_prefix": None,
+        "import_path": "deployments.control.app:build_app",
+    }
     if policy is not None:
         control["deployments"] = [{"name": "ClusterController", "user_config": policy}]
     document["applications"] = [control, *document["applications"]]
