@@ -227,7 +227,7 @@ class Exact:
     def __repr__(self) -> str:
         scheduler = self.world.scheduler
         asked = [
-            (at_s, len(each.prompt), each.sampling.max_tokens, each.deadline_s)
+            (at_s, len(each.prompt), each.sampling.max_tokens, each.deadline_s, each.tpot_s)
             for at_s, each in self.arrivals
         ]
         limits, blocks = scheduler.limits, scheduler.blocks.blocks
@@ -307,6 +307,8 @@ def histories(draw) -> Exact:
         prompt, tokens = draw(st.integers(1, 40)), draw(st.integers(1, MOST))
         due_s = draw(st.sampled_from([None, None, 0.5, 2.0]))
         facts = {} if due_s is None else {"deadline_s": slo.ttft_s * due_s}
+        if slower := draw(st.sampled_from([None, None, None, 1.5, 4.0])):
+            facts["tpot_s"] = slo.tpot_s * slower
         arrivals.append((at_s, request(str(number), prompt, tokens, **facts)))
     return Exact(world, latency, arrivals)
 
@@ -332,7 +334,7 @@ def check(exact: Exact, asked: Sequence[Request]) -> None:
             assert 0 < error.retry_after_s < float("inf")
             continue
         assert len(exact.world.tokens[each.id]) == each.sampling.max_tokens
-        assert exact.tpot_s(each.id) <= slo.tpot_s * (1 + 1e-9)
+        assert exact.tpot_s(each.id) <= (each.tpot_s or slo.tpot_s) * (1 + 1e-9)
         assert exact.ttft_s(each.id) <= target_s(exact, each) * (1 + 1e-9)
 
 
