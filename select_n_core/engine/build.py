@@ -13,12 +13,12 @@ import torch
 
 from select_n_core.config import ModelConfig
 from select_n_core.decisions.candidate import decode_shape
-from select_n_core.decisions.order import offload_order
 from select_n_core.decisions.plan import capacity_tokens
 from select_n_core.engine.engine import Engine
 from select_n_core.engine.messages import EngineInfo
 from select_n_core.engine.online import OnlineModel
 from select_n_core.engine.planning import Prepared, prepare
+from select_n_core.engine.reserving import reserve_room
 from select_n_core.engine.residence import Swapping
 from select_n_core.engine.scheduler import Limits, Scheduler, Turning
 from select_n_core.kv.swap import HostBlocks
@@ -30,7 +30,10 @@ from select_n_core.memory.available import (
     available_host_bytes,
     wait_for_bytes,
 )
-from select_n_core.memory.shared import SharedMaps, UnitMaps
+from select_n_core.memory.domain import Domain, find_domain
+from select_n_core.memory.reservation import Reservation
+from select_n_core.memory.shared import SharedMaps
+from select_n_core.memory.unit_maps import UnitMaps
 from select_n_core.models.load import load_model
 from select_n_core.models.paced import ANY_TOKEN, paced_model
 from select_n_core.offload.executor import Executor
@@ -47,20 +50,31 @@ def build_engine(
     config: ModelConfig,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
+    domain: Domain | None = None,
 ) -> tuple[Engine, EngineInfo]:
-    """Build the engine of one replica; see `prepare` for what it raises.
+    """Build the engine of one replica; see `prepare` and `reserve_room` for what it raises.
 
     Where `config.compute` paces it, nothing but the record is needed: no weights, no tokenizer.
+
+    Args:
+        domain: whose host memory it takes; None is this process's own.
     """
     timeline = None if config.compute is None else Timeline()
     with ExitStack() as undo:  # a build that fails gives everything back
         link, device = open_link(config.link, timeline)
         undo.callback(link.close)
         prepared = prepare(config, progress)
+        whole_lease_bytes = prepared.plan.host_bytes
+        reservation = Reservation(domain or find_domain(), config.name)
+        undo.callback(reservation.close)
+        maps = UnitMaps(SharedMaps(reservation=reservation), _weights_key(prepared, device))
+        prepared = reserve_room(prepared, maps, reservation, _MEMORY_DEADLINE_S)
         plan = prepared.plan
-        maps = UnitMaps(SharedMaps(), _weights_key(prepared, device))
         if timeline is None:  # paced memory is never touched
-            _wait_for_memory(prepared, device, maps)
+            _wait_for_memory(config, device, reservation.aside_bytes)
+        block_bytes = prepared.record.memory(config.block_tokens).kv_block_bytes
+        host_blocks = HostBlocks(config.host_kv // block_bytes, block_bytes, link, reservation)
+        undo.callback(host_blocks.close)
         placement = Placement(
             arena_bytes=config.device_memory,
             k=plan.k,
@@ -76,9 +90,6 @@ def build_engine(
         executor = _placed(prepared, placement, link, device, maps, timeline)
         undo.callback(executor.close)
         executor.model.release_source()
-        block_bytes = executor.memory.kv_block_bytes
-        host_blocks = HostBlocks(config.host_kv // block_bytes, block_bytes, link)
-        undo.callback(host_blocks.close)
         scheduler = _scheduler(prepared, executor, host_blocks, clock)
         eos = () if prepared.directory is None else eos_token_ids(prepared.directory)
         promised = config.slo.targets()
@@ -98,7 +109,16 @@ def build_engine(
             tpot_s=promised.tpot_s,
             corrected=not prepared.fixed,
         )
-        engine = Engine(executor, scheduler, eos, clock, host_blocks, online)
+        engine = Engine(
+            executor,
+            scheduler,
+            eos,
+            clock,
+            host_blocks,
+            online,
+            reservation=reservation,
+            whole_lease_bytes=whole_lease_bytes,
+        )
         info = _info(prepared, engine, eos)
         undo.pop_all()  # it is the engine's now
     return engine, info
@@ -125,20 +145,18 @@ def _weights_key(prepared: Prepared, device: torch.device) -> str:
     return weights_key(prepared.directory, config.dtype, config.units, device)
 
 
-def _wait_for_memory(prepared: Prepared, device: torch.device, maps: UnitMaps) -> None:
+def _wait_for_memory(config: ModelConfig, device: torch.device, host_bytes: int) -> None:
     """Until a predecessor has given device and host memory back."""
-    config = prepared.config
     wait_for_bytes(
         f"device_memory of model {config.name}",
         config.device_memory,
         lambda: available_device_bytes(device),
         deadline_s=_MEMORY_DEADLINE_S,
     )
-    own_bytes = config.host_kv + maps.missing_bytes(_mirrored_units(prepared))
-    if own_bytes:
+    if host_bytes:
         wait_for_bytes(
             f"host memory of model {config.name}",
-            own_bytes,
+            host_bytes,
             available_host_bytes,
             deadline_s=_MEMORY_DEADLINE_S,
         )
@@ -197,13 +215,6 @@ def _scheduler(
             blocks_at=executor.layout.blocks_at,
         ),
     )
-
-
-def _mirrored_units(prepared: Prepared) -> dict[int, int]:
-    """The units that are mirrored at first, and the bytes of each."""
-    unit_bytes = prepared.record.unit_bytes
-    order = offload_order(len(unit_bytes))
-    return {unit: unit_bytes[unit] for unit in order[: prepared.plan.mirrors]}
 
 
 def _resident_threads(prepared: Prepared) -> int | None:

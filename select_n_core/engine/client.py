@@ -24,6 +24,7 @@ from select_n_core.engine.messages import (
     EngineInfo,
     EngineStats,
     FinishReason,
+    Offer,
     Output,
     Request,
     Revocation,
@@ -70,8 +71,15 @@ class EngineClient(Protocol):
         """The last turns of k, each with its cause."""
         ...
 
-    def offer(self, nbytes: int) -> None:
-        """Let the engine's mirrors take `nbytes` of host memory more."""
+    async def offer(self, nbytes: int) -> None:
+        """Let the engine's mirrors take `nbytes` of host memory more; returns once it has them.
+
+        They are kept for the engine then, and mirrors are written one after another.
+
+        Raises:
+            HostMemoryError: the domain has no room; the lease is what it was.
+            EngineError: the engine is not running.
+        """
         ...
 
     async def revoke(self, nbytes: int, deadline_s: float) -> None:
@@ -101,8 +109,8 @@ class _ConnectedClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: asyncio.Future[EngineInfo] | None = None
         self._queues: dict[str, asyncio.Queue[Output]] = {}
-        self._revocations: dict[str, asyncio.Future[None]] = {}
-        self._revocation_ids = itertools.count()
+        self._lease_answers: dict[str, asyncio.Future[None]] = {}
+        self._lease_ids = itertools.count()
         self._quiet = asyncio.Event()  # set when the last live request ends
         self._stats = EngineStats()
         self._turns: deque[Turned] = deque(maxlen=_MOST_TURNS)
@@ -163,20 +171,24 @@ class _ConnectedClient:
         """See `EngineClient.turns`."""
         return tuple(self._turns)
 
-    def offer(self, nbytes: int) -> None:
+    async def offer(self, nbytes: int) -> None:
         """See `EngineClient.offer`."""
-        self._send(Commands(offer_bytes=nbytes))
+        offer = Offer(str(next(self._lease_ids)), nbytes)
+        await self._answered(offer.id, Commands(offer=(offer,)))
 
     async def revoke(self, nbytes: int, deadline_s: float) -> None:
         """See `EngineClient.revoke`."""
-        revocation = Revocation(str(next(self._revocation_ids)), nbytes, deadline_s)
+        revocation = Revocation(str(next(self._lease_ids)), nbytes, deadline_s)
+        await self._answered(revocation.id, Commands(revoke=(revocation,)))
+
+    async def _answered(self, lease_id: str, commands: Commands) -> None:
         answer = asyncio.get_running_loop().create_future()
-        self._revocations[revocation.id] = answer
+        self._lease_answers[lease_id] = answer
         try:
-            self._send(Commands(revoke=(revocation,)))
+            self._send(commands)
             await answer
         finally:
-            del self._revocations[revocation.id]
+            del self._lease_answers[lease_id]
 
     def check_health(self) -> None:
         """See `EngineClient.check_health`."""
@@ -255,8 +267,8 @@ class _ConnectedClient:
                     100 * message.share,
                 )
 
-    def _answer(self, revocation_id: str, error: SelectNError | None) -> None:
-        answer = self._revocations.get(revocation_id)
+    def _answer(self, lease_id: str, error: SelectNError | None) -> None:
+        answer = self._lease_answers.get(lease_id)
         if answer is None or answer.done():
             return
         if error is None:
@@ -273,8 +285,8 @@ class _ConnectedClient:
             self._started.set_exception(self._dead)
         for request_id, queue in self._queues.items():
             queue.put_nowait(Output(request_id, finish=FinishReason.ERROR, error=self._dead))
-        for revocation_id in self._revocations:
-            self._answer(revocation_id, self._dead)
+        for lease_id in self._lease_answers:
+            self._answer(lease_id, self._dead)
 
 
 class ProcessClient(_ConnectedClient):

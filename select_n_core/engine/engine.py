@@ -31,6 +31,7 @@ from select_n_core.engine.sequence import Sequence, Turn, shape_of
 from select_n_core.errors import EngineError, OverloadedError, SelectNError
 from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.base import Direction
+from select_n_core.memory.reservation import Reservation
 from select_n_core.offload.executor import Executor
 from select_n_core.offload.placement import StepRow
 
@@ -52,6 +53,8 @@ class Engine:
         host_blocks: that the scheduler swaps to, if any, to be closed with the engine.
         online: what is learnt of the latency model while serving; None keeps the scheduler's.
         sleep: for so many seconds of `clock`.
+        reservation: where its host memory is written down, to be closed with the engine.
+        whole_lease_bytes: see `HostLease`.
     """
 
     def __init__(
@@ -63,8 +66,11 @@ class Engine:
         host_blocks: HostBlocks | None = None,
         online: OnlineModel | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        reservation: Reservation | None = None,
+        whole_lease_bytes: int = 0,
     ) -> None:
         self.executor = executor
+        self.reservation = reservation
         self.scheduler = scheduler
         self._sampler = Sampler(executor.model.vocab_size)
         self._eos = frozenset(eos_token_ids)
@@ -74,7 +80,13 @@ class Engine:
         self._sleep = sleep
         self._short = False  # somebody waits whom the last step left waiting
         self._rested_s = 0.0  # between the last step and the next one
-        self.lease = HostLease(executor, lambda k: self.turn(k, Cause.LEASE), clock)
+        self.lease = HostLease(
+            executor,
+            lambda k: self.turn(k, Cause.LEASE),
+            clock,
+            reservation,
+            whole_lease_bytes,
+        )
         self._turns: Counter[Cause] = Counter()
         self._turned: list[Turned] = []
         self._headroom = HeadroomWindow(scheduler.slo)
@@ -168,6 +180,8 @@ class Engine:
             self._online.close()
         self.executor.close()
         self.executor.link.close()
+        if self.reservation is not None:
+            self.reservation.close()
 
     @property
     def host_kv_bytes(self) -> int:
@@ -186,6 +200,7 @@ class Engine:
             cap=executor.cap,
             host_bytes=executor.host_bytes,
             lease_bytes=executor.lease_bytes,
+            reserved_bytes=0 if self.reservation is None else self.reservation.held_bytes,
             turns={str(cause): count for cause, count in self._turns.items()},
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),

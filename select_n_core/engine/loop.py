@@ -85,8 +85,8 @@ def _serve(engine: Engine, connection: Connection) -> None:
                 engine.submit(request)
             for request_id in commands.cancel:
                 engine.cancel(request_id)
-            if commands.offer_bytes:
-                engine.lease.offer(commands.offer_bytes)
+            for offer in commands.offer:
+                engine.lease.offer(offer.id, offer.nbytes)
             for revocation in commands.revoke:
                 engine.lease.revoke(revocation.id, revocation.nbytes, revocation.deadline_s)
             if commands.stop:

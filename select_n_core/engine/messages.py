@@ -143,6 +143,8 @@ class EngineStats:
         k, interval: units streamed now and N = L/k.
         mirrored, cap: units mirrored, and the most that the lease allows to stream.
         host_bytes, lease_bytes: what the mirrors take, and what they may.
+        reserved_bytes: written down for this engine in its domain: pages of mirrors and host KV,
+            and those kept for mirrors to come.
         turns: how often k was turned, by cause.
         running, waiting: requests.
         kv_free_tokens, kv_tokens: KV capacity left and in all.
@@ -164,6 +166,7 @@ class EngineStats:
     cap: int = 0
     host_bytes: int = 0
     lease_bytes: int = 0
+    reserved_bytes: int = 0
     turns: Mapping[str, int] = field(default_factory=dict)
     running: int = 0
     waiting: int = 0
@@ -184,6 +187,14 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """Host bytes that mirrors may take beyond the lease so far."""
+
+    id: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Revocation:
     """Host bytes that are to be given back within `deadline_s`."""
 
@@ -194,7 +205,7 @@ class Revocation:
 
 @dataclass(frozen=True, slots=True)
 class LeaseAnswer:
-    """How a revocation ended: the bytes are free, or the error that says why not."""
+    """How an offer or a revocation ended: taken, or free; or the error that says why not."""
 
     id: str
     error: SelectNError | None = None
@@ -232,15 +243,11 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """To the engine, between two steps.
-
-    Attributes:
-        offer_bytes: host memory that mirrors may take beyond the lease so far.
-    """
+    """To the engine, between two steps."""
 
     submit: tuple[Request, ...] = ()
     cancel: tuple[str, ...] = ()
-    offer_bytes: int = 0
+    offer: tuple[Offer, ...] = ()
     revoke: tuple[Revocation, ...] = ()
     stop: bool = False
 

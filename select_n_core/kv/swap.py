@@ -14,7 +14,8 @@ from torch import Tensor
 
 from select_n_core.errors import DeviceMemoryError, LinkError
 from select_n_core.links.base import Copy, Direction, Link
-from select_n_core.memory.host import HostMap
+from select_n_core.memory.host import HostMap, ReservedMap
+from select_n_core.memory.reservation import Reserves
 
 KV = "kv"
 PIECE_BYTES = 16 << 20  # between weight copies, so that none of those waits for long
@@ -34,15 +35,24 @@ class HostBlocks:
     The verbs come in pairs: `keep` and `drop`, `bring_back` and `settle`. The link is the
     caller's and must outlive this.
 
+    Args:
+        reservation: where the bytes are written down first; None counts them nowhere.
+
     Raises:
-        SelectNError: the host cannot give or register that much.
+        SelectNError: the host cannot give or register that much, or the reservation has no room.
     """
 
-    def __init__(self, count: int, block_bytes: int, link: Link) -> None:
+    def __init__(
+        self, count: int, block_bytes: int, link: Link, reservation: Reserves | None = None
+    ) -> None:
         self.count = count
         self.block_bytes = block_bytes
         self._link = link
-        self._map = HostMap(count * block_bytes) if count else None
+        self._map: HostMap | None = None
+        if count and reservation is not None:
+            self._map = ReservedMap(count * block_bytes, "host KV", reservation)
+        elif count:
+            self._map = HostMap(count * block_bytes)
         self._free = list(range(count))
         self._kept: dict[str, _Kept] = {}
         if self._map is not None:

@@ -7,7 +7,6 @@ the machine, so its name has the boot in it.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import mmap
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from select_n_core.errors import LinkError
+from select_n_core.memory.locks import is_taken, take_place
 from select_n_core.memory.room import runtime_directory
 
 HEADER = 2  # words: what the file is, and how many words it has
@@ -27,7 +27,6 @@ WORD_BYTES = 8
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PATIENCE_S = 10.0  # to open: others hold the lock for less than a millisecond
-_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
 
 _log = logging.getLogger(__name__)
 
@@ -104,9 +103,7 @@ class MappedWords:
         """Whether a living process other than this one holds the place; its own counts as held."""
         if place == self.place:
             return True
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
-        told = struct.unpack(_FLOCK, fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, asked))
-        return bool(told[0] != fcntl.F_UNLCK)
+        return is_taken(self.fd, place)
 
     def close(self) -> None:
         """Give the place up and unmap the words; the last one removes the file. Idempotent."""
@@ -180,12 +177,8 @@ class MappedWords:
 
     def _take_place(self) -> int:
         for place in range(self._places):
-            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
-            try:
-                fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, asked)
-            except (BlockingIOError, PermissionError):  # the kernel may say either
-                continue
-            return place
+            if take_place(self.fd, place):
+                return place
         raise LinkError(
             f"all {self._places} places of {self.path} are held; end replicas, or put some on a "
             "bus of another name"

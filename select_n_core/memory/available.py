@@ -9,30 +9,39 @@ from pathlib import Path
 import torch
 
 from select_n_core.errors import DeviceMemoryError
+from select_n_core.memory.domain import find_domain
 from select_n_core.quantities import format_bytes
 
-_CGROUP = Path("/sys/fs/cgroup")
+_USED = ("memory.current", "memory.usage_in_bytes")  # of a control group, version 2 and 1
 
 
-def available_host_bytes() -> int:
-    """Bytes this process may still map: MemAvailable, or less inside a control group."""
-    meminfo = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-    )
-    available = int(meminfo["MemAvailable"].split()[0]) << 10
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        available = min(available, int(most) - int(used.read_text()) + _reclaimable_bytes())
+def available_host_bytes(root: Path = Path("/")) -> int:
+    """Bytes this process may still map: MemAvailable, or less inside a control group.
+
+    Args:
+        root: of the file system with `proc` and the control groups.
+    """
+    meminfo = (root / "proc/meminfo").read_text().splitlines()
+    values = dict(line.split(":", 1) for line in meminfo if ":" in line)
+    available = int(values["MemAvailable"].split()[0]) << 10
+    domain = find_domain(root)
+    if domain.group is not None:
+        used = next(
+            int(file.read_text()) for name in _USED if (file := domain.group / name).exists()
+        )
+        available = min(available, domain.limit_bytes - used + _reclaimable_bytes(domain.group))
     return available
 
 
-def _reclaimable_bytes() -> int:
+def _reclaimable_bytes(group: Path) -> int:
     """Page cache that the control group is charged for: it goes when memory is asked for."""
-    stat = _CGROUP / "memory.stat"
+    stat = group / "memory.stat"
     if not stat.exists():
         return 0
     pages = dict(line.split() for line in stat.read_text().splitlines())
-    return sum(int(pages.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
+    # Version 1 has what is below the group in lines of their own.
+    prefix = "total_" if "total_active_file" in pages else ""
+    return sum(int(pages.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
 
 
 def available_device_bytes(device: torch.device) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from select_n_core.memory.ledger import file_name
+
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +77,11 @@ class Entry(BaseModel):
         draft = path.with_suffix(".draft")
         draft.write_text(self.model_dump_json(), encoding="utf-8")
         draft.replace(path)
+
+    @property
+    def file(self) -> str:
+        """Names the kernel's file of the bytes."""
+        return file_name(self.device, self.inode)
 
     def alive(self) -> Entry:
         """This entry with the holders that still hold."""

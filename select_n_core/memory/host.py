@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
+import weakref
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from select_n_core.errors import SelectNError
+from select_n_core.memory.reservation import Reserves, file_of
+from select_n_core.memory.sealed import new_file
 
 _HUGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone
 
@@ -56,3 +60,31 @@ class HostMap:
         """Give the bytes back once the last tensor over them is gone. Idempotent."""
         self.bytes = torch.empty(0, dtype=torch.uint8)
         self._map = None  # unmapped when the last view is collected
+
+
+class ReservedMap(HostMap):
+    """A map of a file of this process's own, written down in a reservation before it is mapped.
+
+    Args:
+        what: the bytes are, for people who look at the reservation or the process's maps.
+
+    Raises:
+        HostMemoryError: the reservation has no room.
+    """
+
+    def __init__(self, nbytes: int, what: str, reservation: Reserves) -> None:
+        fd = new_file(what, nbytes)
+        try:
+            file = file_of(fd)
+            reservation.reserve(file, what, nbytes)
+            try:
+                pages = mmap.mmap(fd, nbytes)
+            except BaseException:
+                reservation.release(file)
+                raise
+        finally:
+            os.close(fd)
+        weakref.finalize(pages, reservation.release, file).atexit = False
+        self.nbytes = nbytes
+        self._map = pages
+        self.bytes = torch.frombuffer(pages, dtype=torch.uint8)

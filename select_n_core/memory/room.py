@@ -25,6 +25,22 @@ def runtime_directory() -> Path:
     return Path(root).absolute() / f"select-n-{os.geteuid()}"
 
 
+def private_directory(directory: Path) -> Path:
+    """The folder, made if need be, that nobody else can enter.
+
+    Raises:
+        HostMemoryError: it is somebody else's, or others can enter it.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise HostMemoryError(
+            f"{directory} must be a folder of this user that nobody else can enter; run chmod 700 "
+            f"on it, remove it, or set {_RUNTIME_VARIABLE} to a folder of yours"
+        )
+    return directory
+
+
 class Room:
     """Entries by key, with two locks each: `fill` for as long as one, `entry` for a change.
 
@@ -91,13 +107,7 @@ class Room:
                     entry.alive().write(path)
 
     def _make(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = self.directory.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise HostMemoryError(
-                f"{self.directory} must be a folder of this user that nobody else can enter; "
-                f"run chmod 700 on it, remove it, or set {_RUNTIME_VARIABLE} to a folder of yours"
-            )
+        private_directory(self.directory)
         self._room.mkdir(exist_ok=True, mode=0o700)
 
     def _path(self, key: str) -> Path:

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from select_n_core.decisions.lease import paged
 from select_n_core.errors import HostMemoryError
 from select_n_core.memory.entries import Entry, UnreachableError
-from select_n_core.memory.host import HostBytes
+from select_n_core.memory.reservation import Reservation, file_of
 from select_n_core.memory.room import Room, runtime_directory
 from select_n_core.memory.sealed import Fill, freeze, new_file, write_once
 
@@ -59,7 +60,7 @@ class SharedMap:
         access = mmap.PROT_READ if read_only else mmap.PROT_READ | mmap.PROT_WRITE
         pages = mmap.mmap(fd, self.nbytes, flags=mmap.MAP_SHARED, prot=access)
         # The open file is what makes a holder: it goes when the last view of the pages has gone.
-        weakref.finalize(pages, os.close, fd)
+        weakref.finalize(pages, _let_go, fd, maps.reservation).atexit = False
         self._map: mmap.mmap | None = pages
         with warnings.catch_warnings():
             # It warns of what is meant, and said above: such a tensor is not to be written.
@@ -89,13 +90,21 @@ class SharedMaps:
     Args:
         directory: of the entries, private to the user; None is `runtime_directory()`.
         patience_s: how long to wait for another process, above all while it fills the same key.
+        reservation: where bytes are written down before they are; None counts them nowhere.
 
     Raises:
         HostMemoryError: `directory` is somebody else's, or others can enter it.
     """
 
-    def __init__(self, directory: Path | None = None, *, patience_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        patience_s: float = 600.0,
+        reservation: Reservation | None = None,
+    ) -> None:
         self._room = Room(directory or runtime_directory(), patience_s)
+        self.reservation = reservation
         self._told = False
 
     def attach(self, key: str, nbytes: int, fill: Fill) -> SharedMap:
@@ -106,19 +115,19 @@ class SharedMaps:
             fill: writes the uint8 tensor [nbytes] it is given and keeps no view of it.
 
         Raises:
-            HostMemoryError: they do not fit, are held in another size, or take another process
-                longer than `patience_s` to fill.
+            HostMemoryError: they do not fit or are refused by the reservation, are held in
+                another size, or take another process longer than `patience_s` to fill.
         """
         if (found := self.find(key, nbytes)) is not None:
             return found
         with self._room.locked_fill(key):
             if (found := self.find(key, nbytes)) is not None:
                 return found
-            fd = new_file(key, nbytes)
+            fd = self._new_file(key, nbytes)
             try:
                 write_once(key, fd, fill)
             except BaseException:
-                os.close(fd)
+                _let_go(fd, self.reservation)
                 raise
             filled = self._mapped(_own_key(key, fd), fd, filled=True)
             self._publish(key, filled)
@@ -128,7 +137,7 @@ class SharedMaps:
         """The bytes of `key` if a living process holds them whole; does not wait for a fill.
 
         Raises:
-            HostMemoryError: they are held in another size, or cannot be mapped.
+            HostMemoryError: they are held in another size, or cannot be mapped or reserved.
         """
         _check_size(key, nbytes)
         with self._room.locked_entry(key):
@@ -141,17 +150,7 @@ class SharedMaps:
                     f"{', '.join(map(str, entry.pids()))} and {nbytes} were asked for; put all "
                     "that sets the layout (model hash, dtype, unit) into the key, or end them"
                 )
-            try:
-                fd = entry.open()
-            except UnreachableError as error:
-                self._tell(key, error)
-                return None
-            except OSError as error:
-                raise HostMemoryError(
-                    f"cannot open shared map {key}: {error}; raise `ulimit -n` if open files ran "
-                    "out"
-                ) from error
-            if fd is None:
+            if (fd := self._open(entry)) is None:
                 return None
             found = self._mapped(key, fd)
             self._room.enter(entry, found.fd)
@@ -161,10 +160,10 @@ class SharedMaps:
         """Empty, writable bytes for `key`, which nobody finds before they are published.
 
         Raises:
-            HostMemoryError: they do not fit.
+            HostMemoryError: they do not fit, or are refused by the reservation.
         """
         _check_size(key, nbytes)
-        fd = new_file(key, nbytes)
+        fd = self._new_file(key, nbytes)
         begun = self._mapped(_own_key(key, fd), fd, filled=True, read_only=False)
         self._room.enter(Entry.of(begun.key, fd), begun.fd)
         return begun
@@ -206,6 +205,49 @@ class SharedMaps:
         if before != charged:
             self._room.remove(before)
 
+    def set_aside(self, sizes: Mapping[str, int]) -> None:
+        """Keep room for these keys (key -> bytes) and no others: to `begin` them will not fail.
+
+        Raises:
+            HostMemoryError: the reservation has no room; nothing was changed.
+        """
+        if self.reservation is not None:
+            self.reservation.set_aside(self.missing_bytes(sizes))
+
+    def missing_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes of those keys that nobody on this node holds yet, in whole pages."""
+        return sum(paged(size) for key, size in sizes.items() if not self.charged_bytes(key))
+
+    def _new_file(self, key: str, nbytes: int) -> int:
+        fd = new_file(key, nbytes)  # which takes no memory until it is written
+        if self.reservation is not None:
+            try:
+                self.reservation.reserve(file_of(fd), key, nbytes)
+            except BaseException:
+                os.close(fd)
+                raise
+        return fd
+
+    def _open(self, entry: Entry) -> int | None:
+        """The bytes' file, through a holder that has it; None if none can be opened."""
+        fd: int | None = None
+        # Before it is opened: if its last holder dies meanwhile, the bytes are still counted.
+        if self.reservation is not None:
+            self.reservation.reserve(entry.file, entry.key, entry.nbytes)
+        try:
+            fd = entry.open()
+        except UnreachableError as error:
+            self._tell(entry.key, error)
+        except OSError as error:
+            raise HostMemoryError(
+                f"cannot open shared map {entry.key}: {error}; raise `ulimit -n` if open files ran "
+                "out"
+            ) from error
+        finally:
+            if fd is None and self.reservation is not None:
+                self.reservation.release(entry.file)
+        return fd
+
     def _mapped(
         self, key: str, fd: int, *, filled: bool = False, read_only: bool = True
     ) -> SharedMap:
@@ -213,7 +255,7 @@ class SharedMaps:
         try:
             return SharedMap(self, key, fd, filled=filled, read_only=read_only)
         except OSError as error:
-            os.close(fd)
+            _let_go(fd, self.reservation)
             raise HostMemoryError(
                 f"cannot map {key}: {error}; raise `ulimit -n` if open files ran out"
             ) from error
@@ -230,43 +272,12 @@ class SharedMaps:
             )
 
 
-class UnitMaps:
-    """The shared maps of one model, by unit.
-
-    Args:
-        model: names weights and layout: model hash, dtype, and what a unit is.
-    """
-
-    def __init__(self, maps: SharedMaps, model: str) -> None:
-        self._maps = maps
-        self._model = model
-
-    def attach(self, unit: int, nbytes: int, fill: Fill) -> SharedMap:
-        """See `SharedMaps.attach`."""
-        return self._maps.attach(self.key(unit), nbytes, fill)
-
-    def find(self, unit: int, nbytes: int) -> SharedMap | None:
-        """See `SharedMaps.find`."""
-        return self._maps.find(self.key(unit), nbytes)
-
-    def begin(self, unit: int, nbytes: int) -> SharedMap:
-        """See `SharedMaps.begin`."""
-        return self._maps.begin(self.key(unit), nbytes)
-
-    def publish(self, unit: int, host: HostBytes) -> None:
-        """See `SharedMaps.publish`."""
-        assert isinstance(host, SharedMap)
-        self._maps.publish(self.key(unit), host)
-
-    def missing_bytes(self, units: Mapping[int, int]) -> int:
-        """Bytes of those units (unit -> bytes) that nobody on this node holds yet."""
-        return sum(
-            nbytes for unit, nbytes in units.items() if not self._maps.charged_bytes(self.key(unit))
-        )
-
-    def key(self, unit: int) -> str:
-        """The unit's key on this node."""
-        return f"{self._model} unit {unit}"
+def _let_go(fd: int, reservation: Reservation | None) -> None:
+    """Close the file, then release its bytes."""
+    file = file_of(fd)
+    os.close(fd)
+    if reservation is not None:
+        reservation.release(file)
 
 
 def _own_key(key: str, fd: int) -> str:

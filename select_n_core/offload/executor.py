@@ -182,7 +182,8 @@ class Executor:
         Where k is above the new `cap`, it must be turned down before mirrors can go.
 
         Raises:
-            HostMemoryError: the units without a home need more; nothing was changed.
+            HostMemoryError: the units without a home need more, or there is no room for as much
+                more as that; nothing was changed.
         """
         floor = self.memory.mirrored_bytes(self.layout.k_min)
         if nbytes < floor:
@@ -190,7 +191,7 @@ class Executor:
                 f"a lease of {nbytes} bytes is below the floor of {floor}: the {self.layout.k_min} "
                 "units without a home on the device cannot do without their mirrors"
             )
-        self._mirrors.lease_bytes = nbytes
+        self._mirrors.lease(nbytes)
 
     def tend(self) -> None:
         """Make a move towards the lease: free mirrors that it does not cover, or write one more.
@@ -341,7 +342,7 @@ class Executor:
         lease_bytes = placement.lease_bytes
         if lease_bytes is None:
             lease_bytes = self.memory.mirrored_bytes(count)
-        mirrors = Mirrors(self.memory, self.link, maps, lease_bytes)
+        mirrors = Mirrors(self.memory, self.link, maps, lease_bytes, self.layout.k_max)
         mirrors.load([partial(_write, unit) for unit in self.model.units], count)
         return mirrors
 

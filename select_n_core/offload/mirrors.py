@@ -8,14 +8,14 @@ change. A smaller lease takes the last ones back: promoted first, then unregiste
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from select_n_core.decisions.layout import ModelMemory
 from select_n_core.decisions.order import offload_order
-from select_n_core.errors import LinkError
+from select_n_core.errors import HostMemoryError, LinkError
 from select_n_core.links.base import Copy, Direction, Link
 from select_n_core.memory.host import HostBytes, HostMap
 
@@ -45,6 +45,10 @@ class HostMaps(Protocol):
         """Let others find what `begin` gave, now that it is written."""
         ...
 
+    def set_aside(self, sizes: Mapping[int, int]) -> None:
+        """Keep room for these units (unit -> bytes) and no others, or raise HostMemoryError."""
+        ...
+
 
 class PrivateMaps:
     """Every mirror is this process's own."""
@@ -65,16 +69,23 @@ class PrivateMaps:
     def publish(self, unit: int, host: HostBytes) -> None:
         """See `HostMaps.publish`: there is nobody to tell."""
 
+    def set_aside(self, sizes: Mapping[int, int]) -> None:
+        """See `HostMaps.set_aside`: nobody counts these bytes."""
+
 
 class Mirrors:
     """The mirrors of pi's first m units, registered with the link.
 
     Args:
         lease_bytes: host bytes that they may take.
+        most: units that may ever be streamed; room is kept for no more.
     """
 
-    def __init__(self, memory: ModelMemory, link: Link, maps: HostMaps, lease_bytes: int) -> None:
-        self.lease_bytes = lease_bytes
+    def __init__(
+        self, memory: ModelMemory, link: Link, maps: HostMaps, lease_bytes: int, most: int
+    ) -> None:
+        self._most = most
+        self._lease_bytes = lease_bytes
         self._memory = memory
         self._order = offload_order(memory.units)
         self._link = link
@@ -88,6 +99,11 @@ class Mirrors:
     def m(self) -> int:
         """Units mirrored, of which k may be streamed."""
         return len(self._hosts)
+
+    @property
+    def lease_bytes(self) -> int:
+        """Host bytes that they may take."""
+        return self._lease_bytes
 
     @property
     def cap(self) -> int:
@@ -114,11 +130,28 @@ class Mirrors:
             host = self._maps.attach(unit, self._memory.unit_bytes[unit], fills[unit])
             self._link.register(host.bytes, read_only=host.read_only)
             self._hosts[unit] = host
+        self._set_aside()
+
+    def lease(self, nbytes: int) -> None:
+        """Take up to `nbytes` from now on; room for mirrors to come is kept with this call.
+
+        Raises:
+            HostMemoryError: more than before, and there is no room; nothing was changed.
+        """
+        before, self._lease_bytes = self._lease_bytes, nbytes
+        try:
+            self._set_aside()
+        except HostMemoryError as error:
+            if nbytes > before:
+                self._lease_bytes = before
+                raise
+            # Who shared a mirror that is to be written has gone, and nobody kept room for it.
+            _log.warning("a mirror has to wait for room: %s", error)
 
     def grow(self, home_of: Callable[[int], Tensor]) -> int | None:
         """Write one more mirror from its unit's home, a call at a time.
 
-        A copy that fails gives the mirror up; it is tried again, later and later.
+        Where a copy fails or there is no room, it is tried again, later and later.
 
         Returns:
             The unit whose mirror is complete with this call; None while there is nothing new.
@@ -135,7 +168,7 @@ class Mirrors:
             unit, host, copies = self._growing
             if not all(copy.done() for copy in copies):
                 return None
-        except LinkError as error:
+        except (LinkError, HostMemoryError) as error:
             self.stop_growing()
             self._skip = self._patience = min(2 * self._patience, _MOST_PATIENCE)
             _log.warning("a mirror could not be written and is tried again later: %s", error)
@@ -144,6 +177,12 @@ class Mirrors:
         self._maps.publish(unit, host)
         self._hosts[unit] = host
         return unit
+
+    def _set_aside(self) -> None:
+        """Keep room for the mirrors that the lease allows and nobody has begun to write."""
+        begun = self.m + (self._growing is not None)
+        units = self._order[begun : min(self.cap, self._most)]
+        self._maps.set_aside({unit: self._memory.unit_bytes[unit] for unit in units})
 
     @property
     def to_drop(self) -> int | None:

@@ -25,6 +25,7 @@ from select_n_core.engine.messages import FinishReason, Output, Request, Samplin
 from select_n_core.errors import (
     ContextLengthError,
     EngineError,
+    HostMemoryError,
     InfeasibleError,
     LinkError,
     ModelNotFoundError,
@@ -241,6 +242,19 @@ class TestErrors:
         for outputs in await asyncio.gather(*queued):
             assert outputs[-1].finish is FinishReason.LENGTH
         await until(lambda: at_rest(client))
+
+    async def test_host_memory_is_offered_and_taken_back_and_what_cannot_be_is_an_error(
+        self, client
+    ):
+        await until(lambda: client.stats().host_bytes > 0)
+        before = client.stats()
+        assert before.reserved_bytes >= before.host_bytes
+        await client.offer(1 << 20)
+        assert client.stats().lease_bytes == before.lease_bytes + (1 << 20)
+        await client.revoke(1 << 20, DEADLINE_S)
+        assert client.stats().lease_bytes == before.lease_bytes
+        with pytest.raises(HostMemoryError, match="below the floor"):
+            await client.revoke(1 << 30, DEADLINE_S)
 
     async def test_after_all_that_it_still_serves(self, client):
         assert (await collect(client, request("last")))[-1].finish is FinishReason.LENGTH

@@ -54,7 +54,7 @@ def answers(engine, steps: int):
 def test_an_offer_is_mirrored_while_requests_run_and_k_may_follow(engine, heard):
     asked = request("a", tokens=12)
     engine.submit(asked)
-    engine.lease.offer(mirrored(engine, 5) - mirrored(engine, 3))
+    engine.lease.offer("o", mirrored(engine, 5) - mirrored(engine, 3))
     for _ in range(6):
         heard.step()
     assert engine.executor.m == 5
@@ -145,7 +145,7 @@ def test_a_copy_that_fails_while_a_mirror_is_written_ends_nobody(engine, heard, 
         return copy(target, source, **facts)
 
     monkeypatch.setattr(engine.executor.link, "copy", failing)
-    engine.lease.offer(mirrored(engine, 4) - mirrored(engine, 3))
+    engine.lease.offer("o", mirrored(engine, 4) - mirrored(engine, 3))
     heard.run()
     assert heard.tokens("a") == greedy(asked)
     assert engine.executor.m == 3

@@ -342,7 +342,7 @@ class TestEngine:
             answers = [answer for _ in range(20) for answer in _stepped(heard).leases]
             assert [(answer.id, answer.error) for answer in answers] == [("back", None)]
             assert executor.host_bytes == floor
-            engine.lease.offer(2 * UNIT_BYTES)
+            engine.lease.offer("more", 2 * UNIT_BYTES)
             heard.run(5000)
             stats = engine.stats()
             assert executor.blocks.free_blocks == executor.blocks.blocks

@@ -96,7 +96,7 @@ class TestEngines:
                 engine.submit(
                     Request(f"r{number}", tuple(range(60)), SamplingParams(max_tokens=30))
                 )
-            engine.lease.offer(6 * UNIT_BYTES)
+            engine.lease.offer("more", 6 * UNIT_BYTES)
             heard.run()
             stats = engine.stats()
             assert (stats.k, stats.mirrored, stats.turns) == (fixed, fixed, {})

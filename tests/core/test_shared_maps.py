@@ -28,7 +28,8 @@ from torch import Tensor
 
 from select_n_core.errors import HostMemoryError
 from select_n_core.memory.room import runtime_directory
-from select_n_core.memory.shared import SharedMap, SharedMaps, UnitMaps
+from select_n_core.memory.shared import SharedMap, SharedMaps
+from select_n_core.memory.unit_maps import UnitMaps
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,132 @@
+"""A domain's files: the ledger, its lock, and the file of places that the living have locked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from select_n_core.errors import HostMemoryError
+from select_n_core.memory.domain import Domain
+from select_n_core.memory.ledger import Holder, Ledger
+from select_n_core.memory.locks import is_taken, take_place
+from select_n_core.memory.room import private_directory
+
+_log = logging.getLogger(__name__)
+
+
+class LedgerFile:
+    """The files of one domain, as one process opened them. All but `locked` is called under it.
+
+    Args:
+        directory: private to the user, made if need be.
+
+    Raises:
+        HostMemoryError: `directory` is somebody else's, or others can enter it.
+    """
+
+    def __init__(self, domain: Domain, directory: Path, patience_s: float) -> None:
+        self._directory = private_directory(directory)
+        self._path = directory / f"host-1-{domain.id}.json"  # 1 is the version of its form
+        self._places = self._path.with_suffix(".places")
+        self._capacity_bytes = domain.capacity_bytes
+        self._patience_s = patience_s
+        self._lock = FileLock(self._path.with_suffix(".lock"))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The lock under which the ledger is read and written; the kernel opens it at a death.
+
+        Raises:
+            HostMemoryError: another process has it for too long, or the files cannot be written.
+        """
+        private_directory(self._directory)  # cleaners of temporary files may have been here
+        try:
+            self._lock.acquire(timeout=self._patience_s, poll_interval=0.001)
+        except Timeout:
+            raise HostMemoryError(
+                f"another process has kept {self._path} locked for {self._patience_s:.0f} s; end "
+                "the process that is stuck, or start again later"
+            ) from None
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            yield
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            self._lock.release()
+
+    def read(self) -> Ledger:
+        """The ledger as it was written, the dead among its holders."""
+        new = Ledger(capacity_bytes=self._capacity_bytes)
+        try:
+            found = Ledger.model_validate_json(self._path.read_bytes())
+        except FileNotFoundError:
+            return new
+        except ValidationError as error:
+            _log.warning("%s is damaged; its holders write it anew: %s", self._path, error)
+            return new
+        return found.model_copy(update={"capacity_bytes": self._capacity_bytes})
+
+    def write(self, ledger: Ledger) -> None:
+        """Write it, whole or not at all."""
+        draft = self._path.with_suffix(".draft")
+        draft.write_text(ledger.model_dump_json(), encoding="utf-8")
+        draft.replace(self._path)
+
+    def exists(self) -> bool:
+        """Whether there is a ledger."""
+        return self._path.exists()
+
+    def open_places(self) -> int:
+        """The file of places, opened: what is locked through it is held until it is closed."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(self._places, flags, 0o600)
+
+    def is_linked(self, fd: int) -> bool:
+        """Whether the file of places is still the one that others will find."""
+        try:
+            return self._places.stat().st_ino == os.fstat(fd).st_ino
+        except FileNotFoundError:
+            return False
+
+    def take_place(self, fd: int) -> int:
+        """Lock a place that was never anybody's, so that no dead holder's bytes stand there."""
+        place = self.read().next_place
+        while not take_place(fd, place):
+            place += 1
+        return place
+
+    def living(self, ledger: Ledger, fd: int, own: int | None = None) -> Ledger:
+        """The ledger without its dead; `own` is the place that `fd` itself has."""
+
+        def is_gone(holder: Holder) -> bool:
+            return holder.place != own and not is_taken(fd, holder.place)
+
+        return ledger.without(is_gone)
+
+    def _unwritable(self, error: OSError) -> HostMemoryError:
+        return HostMemoryError(
+            f"cannot write {self._path}: {error.strerror or error}; make room on {self._directory}"
+        )
+
+
+def read_ledger(domain: Domain, directory: Path, patience_s: float = 10.0) -> Ledger:
+    """The domain as it stands, its living holders only; nothing is written.
+
+    Raises:
+        HostMemoryError: see `LedgerFile`.
+    """
+    files = LedgerFile(domain, directory, patience_s)
+    with files.locked():
+        fd = files.open_places()
+        try:
+            return files.living(files.read(), fd)
+        finally:
+            os.close(fd)
