@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.backend import HandleBackend
 from deployments.control.cache import SnapshotCache
 from deployments.control.messages import ReplicaReport
+from deployments.control.node_budget import NodeBudget
 from deployments.control.policy import HeardPolicy
 from deployments.control.remote import RemoteController
 from deployments.control.reporter import reporter_of_ingress, reporter_of_replica
@@ -64,13 +65,17 @@ class ReplicaDeployment(Replica):
             "replica", {"select_n.model": model.name, "select_n.replica": name}
         )
         codec, client = await load(model)
+        controller, self._budget = RemoteController(), NodeBudget(f"{model.name}, its actor")
+        await self._budget.ask(controller)
         info = await client.start()
         node = ray.get_runtime_context().get_node_id()
         super().__init__(name, codec, client, info, model.slo.targets(), node=node)
         telemetry.observe(self.report)
         self._telemetry = telemetry
         reporter = reporter_of_replica(
-            lambda sequence: ReplicaReport.of(self.report(), model, sequence), RemoteController()
+            lambda sequence: ReplicaReport.of(self.report(), model, sequence),
+            controller,
+            self._budget.hear,
         )
         self._reporting = asyncio.create_task(reporter.run())
 
@@ -85,6 +90,7 @@ class ReplicaDeployment(Replica):
         if hasattr(self, "_reporting"):  # else it never started
             self._reporting.cancel()
             await self.close()
+            self._budget.close()
             await self._telemetry.close()
 
 

@@ -169,10 +169,12 @@ class Receipt:
     Attributes:
         refused: the senders whose report was older than the one known; all of a batch that knows of
             a later controller.
+        host_memory: that engines may pin on each node together, bytes; None is what it has.
     """
 
     epoch: int
     refused: tuple[str, ...] = ()
+    host_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

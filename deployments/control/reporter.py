@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from deployments.control.backoff import Backoff
-from deployments.control.messages import Controller, IngressReport, ReplicaReport, ReportBatch
+from deployments.control.messages import (
+    Controller,
+    IngressReport,
+    Receipt,
+    ReplicaReport,
+    ReportBatch,
+)
 
 _LOOK_S = 0.02  # between two looks at whether something must be told at once
 _NEWS_S = 0.05  # between two reports of new measurements
@@ -28,6 +34,7 @@ class Reporter(Generic[R]):
         is_due: whether a report must leave, so many seconds after another one did.
         controller: where the reports go; it may be absent or down for any time.
         look_s: seconds between two looks at what is due.
+        hear: gets the controller's answers.
     """
 
     def __init__(
@@ -37,11 +44,13 @@ class Reporter(Generic[R]):
         controller: Controller,
         *,
         look_s: float = _LOOK_S,
+        hear: Callable[[Receipt], Awaitable[None]] | None = None,
     ) -> None:
         self._read = read
         self._is_due = is_due
         self._controller = controller
         self._look_s = look_s
+        self._hear = hear
         self._epoch = 0
         self._sequence = 0
 
@@ -58,6 +67,8 @@ class Reporter(Generic[R]):
                     receipt = await self._controller.report(ReportBatch(self._epoch, (report,)))
                     self._epoch = max(self._epoch, receipt.epoch)
                     sent, sent_s = report, now_s
+                    if self._hear is not None:
+                        await self._hear(receipt)
                     backoff.worked()
             except Exception as error:
                 await asyncio.sleep(backoff.failed(error))
@@ -65,10 +76,12 @@ class Reporter(Generic[R]):
 
 
 def reporter_of_replica(
-    read: Callable[[int], ReplicaReport], controller: Controller
+    read: Callable[[int], ReplicaReport],
+    controller: Controller,
+    hear: Callable[[Receipt], Awaitable[None]] | None = None,
 ) -> Reporter[ReplicaReport]:
     """Reports a replica, 10 to 20 times per second; k, memory and admission leave at once."""
-    return Reporter(read, is_due, controller)
+    return Reporter(read, is_due, controller, hear=hear)
 
 
 def reporter_of_ingress(

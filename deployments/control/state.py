@@ -96,7 +96,8 @@ class ClusterState:
         if batch.epoch > self.epoch:
             return Receipt(self.epoch, tuple(each.name for each in batch.reports))
         refused = tuple(each.name for each in batch.reports if not self._note(each))
-        return Receipt(self.epoch, refused)
+        budget = None if self._policy is None else self._policy.budgets.host_memory
+        return Receipt(self.epoch, refused, budget)
 
     def _note(self, report: Report) -> bool:
         name = report.name

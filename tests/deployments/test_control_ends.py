@@ -12,10 +12,14 @@ from standins import ScriptedEngine, args, replica, soon
 
 from deployments.control.backoff import Backoff
 from deployments.control.cache import SnapshotCache
-from deployments.control.messages import IngressReport, ReplicaReport
+from deployments.control.messages import IngressReport, Receipt, ReplicaReport
+from deployments.control.node_budget import NodeBudget
 from deployments.control.reporter import is_due, reporter_of_ingress, reporter_of_replica
 from deployments.control.state import ClusterState
-from select_n_core.errors import UnavailableError
+from select_n_core.errors import HostMemoryError, UnavailableError
+from select_n_core.live import parse_policy
+from select_n_core.memory.domain import Domain
+from select_n_core.memory.reservation import Reservation
 
 WHAT = ("reports", "snapshots")
 
@@ -264,3 +268,57 @@ def test_latencies_follow_from_headroom_and_target():
     assert report.seen_tpot_s == pytest.approx(0.075)
     assert report.seen_ttft_s == pytest.approx(3.0)
     assert replace(report, tpot_headroom=None).seen_tpot_s is None
+
+
+# The budget of a node's host memory.
+
+NODE = Domain("test", 4 << 20, 2 << 20)
+
+
+@pytest.fixture
+def budget(tmp_path):
+    kept = NodeBudget("actor", lambda name: Reservation(NODE, name, directory=tmp_path / "run"))
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def engine_ledger(tmp_path):
+    reservation = Reservation(NODE, "engine", directory=tmp_path / "run")
+    yield reservation
+    reservation.close()
+
+
+def budget_of(nbytes: int | None):
+    return parse_policy({"budgets": {"host_memory": nbytes and f"{nbytes >> 10}KiB"}})
+
+
+async def test_a_budget_binds_engines_before_they_start_and_follows_the_policy(
+    controller, facts, budget, engine_ledger
+):
+    controller.start(1)
+    controller.state.set_policy(budget_of(1 << 20))
+    await budget.ask(controller)
+    with pytest.raises(HostMemoryError, match="1 MiB"):
+        engine_ledger.set_aside((1 << 20) + 4096)
+    async with running(reporter_of_replica(facts.read, controller, budget.hear)):
+        for nbytes, limit in ((512 << 10, 512 << 10), (None, NODE.capacity_bytes)):
+            controller.state.set_policy(budget_of(nbytes))
+
+            async def is_bound(limit=limit) -> bool:
+                facts.now = replace(facts.now, admitted=facts.now.admitted + 1)
+                return engine_ledger.ledger().limit_bytes == limit
+
+            await soon(is_bound)
+    engine_ledger.set_aside(NODE.capacity_bytes)
+
+
+async def test_without_a_controller_a_node_has_all_it_has(controller, budget, engine_ledger):
+    await budget.ask(controller)
+    engine_ledger.set_aside(NODE.capacity_bytes)
+
+
+async def test_what_a_succeeded_controller_says_binds_nobody(budget, engine_ledger):
+    await budget.hear(Receipt(1, host_memory=4096))
+    await budget.hear(Receipt(1, refused=("a",), host_memory=None))
+    assert engine_ledger.ledger().limit_bytes == 4096
