@@ -73,19 +73,17 @@ def test_the_application_takes_no_arguments():
         build_app({"classes": {}})
 
 
-async def test_a_report_reaches_a_watcher_within_the_goal(control):
-    controller, took_s = RemoteController(), []
+async def test_a_report_ends_a_watchers_poll(control):
+    controller = RemoteController()
     known = (await controller.watch(Known(), 1)).version
     epoch = (await controller.watch(Known(), 1)).epoch
     for sequence in range(1, 21):
-        news = asyncio.create_task(controller.watch(Known(epoch, known), 5))
+        news = asyncio.create_task(controller.watch(Known(epoch, known), 600))
         await asyncio.sleep(0)
-        began_s = time.monotonic()
         receipt = await controller.report(ReportBatch(epoch, (report("watched", sequence),)))
         assert receipt.refused == ()
-        known = (await news).version
-        took_s.append(time.monotonic() - began_s)
-    assert sorted(took_s)[len(took_s) // 4] <= 0.15, took_s
+        async with asyncio.timeout(60):  # long before the poll would end by itself
+            known = (await news).version
 
 
 async def test_a_poll_without_news_ends_by_itself(control):
