@@ -2,7 +2,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+from clocks import Clock
 from standins import Client, ScriptedEngine, codec, serving
+
+from deployments.cli.main import app
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,22 @@ def says(text) -> Iterator[Callable[..., Client]]:
             return client
 
         yield serve
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """`cli("plan", "--json")` runs the command: its exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["select-n", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            app()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run

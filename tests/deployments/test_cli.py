@@ -9,7 +9,6 @@ import pytest
 import yaml
 from tiny import save_tiny
 
-from deployments.cli.main import app
 from deployments.tenants.keys import KeyFile, hash_of
 
 LINK = "emulated:2GB/s"
@@ -38,18 +37,6 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _private_cache(cache, monkeypatch):
     monkeypatch.setenv("SELECT_N_CACHE", str(cache))
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["select-n", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            app()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

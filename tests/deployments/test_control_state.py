@@ -1,6 +1,7 @@
 """What the controller knows, on a virtual clock: who reports, who is gone, what a watcher lacks."""
 
 import pytest
+from clocks import Clock
 from hypothesis import given
 from hypothesis import strategies as st
 from reports import report
@@ -10,19 +11,6 @@ from deployments.control.state import ClusterState
 from select_n_core.live import LivePolicy, parse_policy
 
 NOTHING = Snapshot(0, 0)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

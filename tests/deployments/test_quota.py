@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from clocks import Clock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,14 +14,6 @@ from select_n_core.errors import QuotaError
 from select_n_core.live import TenantConfig
 
 amounts = st.floats(0, 1e6)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 50.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def tenant(requests: float | None = None, tokens: float | None = None, name: str = "a"):

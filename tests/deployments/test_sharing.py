@@ -1,6 +1,7 @@
 """A policy and quotas over several ingresses, whatever becomes of the controller."""
 
 import pytest
+from clocks import Clock
 
 from deployments.control.cache import SnapshotCache
 from deployments.control.messages import Changes, IngressReport, Snapshot
@@ -10,19 +11,6 @@ from select_n_core.errors import QuotaError
 from select_n_core.live import LivePolicy, TenantConfig
 
 ACME = TenantConfig(name="acme", requests_per_minute=60)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

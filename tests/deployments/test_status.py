@@ -11,7 +11,6 @@ from rich.console import Console
 from standins import MODEL, ScriptedEngine, serving
 
 from deployments.cli import status
-from deployments.cli.main import app
 from deployments.cli.status import tables
 from deployments.control.cache import SnapshotCache
 from deployments.control.messages import Snapshot
@@ -49,18 +48,6 @@ class Told:
             policy=self._snapshot.policy,
             reports=tuple(self._snapshot.replicas.values()),
         )
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["select-n", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            app()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture
