@@ -232,8 +232,7 @@ class Engine:
         if (online := self._online) is None:
             return
         scheduler, executor = self.scheduler, self.executor
-        most = min(executor.m, executor.cap)
-        k = min(executor.k + 1, most) if self._short else executor.k
+        k = (scheduler.k_up if self._short else None) or executor.k
         online.tick(0 if scheduler.idle else k)
         scheduler.latency, scheduler.reserve = online.latency, online.reserve
 

@@ -134,6 +134,14 @@ class Scheduler:
         self._missed_s = self._turned_s = self.clock()
 
     @property
+    def k_up(self) -> int | None:
+        """The next k that frees memory for those who wait; None where there is none."""
+        turning = self.turning
+        if turning is None or not self.waiting:
+            return None
+        return next_up(self.k, turning.k_most(), turning.k_min, self.slots, turning.blocks_at)
+
+    @property
     def idle(self) -> bool:
         """Whether nobody runs or waits."""
         return not self.waiting and not self.running
@@ -281,7 +289,7 @@ class Scheduler:
             tpot_s=min(self._tpots_s, default=self.slo.tpot_s * TPOT_AIM),
             policy=self._policy,
             k_min=self.k if turning is None else turning.k_min,
-            k_up=self._k_up(),
+            k_up=self.k_up,
             blocks_at=() if turning is None else turning.blocks_at,
             host_blocks=self._residence.host_blocks,
             block_copy_s=self._residence.block_copy_s,
@@ -290,12 +298,6 @@ class Scheduler:
             reserve=self.reserve,
             levels=self._ledger.levels(),
         )
-
-    def _k_up(self) -> int | None:
-        turning = self.turning
-        if turning is None or not self.waiting:
-            return None
-        return next_up(self.k, turning.k_most(), turning.k_min, self.slots, turning.blocks_at)
 
     def _let_in(self, request_id: str) -> None:
         sequence = self.waiting.pop(request_id)
