@@ -397,16 +397,17 @@ def test_pairs_of_replicas_share_a_bus(tmp_path, record_path, monkeypatch, capsy
     ]
     slo.main(arguments, engine="inline")
     found = json.loads((tmp_path / "slo_bus.json").read_text())
-    ours, alone, half, free, uncoordinated = found["pairs"]
+    (seed,) = found["seeds"]
+    ours, alone, half, free, uncoordinated = seed["pairs"]
     for pair in (ours, alone, half, free):
         even, uneven, saturated = pair["phases"]
         assert abs(even["offered"] - uneven["offered"]) <= 1  # each replica's own is rounded
         assert saturated["offered"] > 2 * even["offered"]
         assert even["good"]["met"] > 0, pair["pair"]
     assert uncoordinated["plan"]
-    assert set(found["ratios"]) == {"even", "four-to-one", "saturated"}
-    assert set(found["ratios"]["even"]) == {pair["pair"] for pair in found["pairs"][1:]}
-    assert 0 < found["saturation"]["share"] < 1.1
+    assert set(seed["ratios"]) == {"even", "four-to-one", "saturated"}
+    assert set(seed["ratios"]["even"]) == {pair["pair"] for pair in seed["pairs"][1:]}
+    assert 0 < seed["saturation"]["share"] < 1.1
     assert "goodput, four-to-one" in capsys.readouterr().out
 
 
