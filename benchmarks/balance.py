@@ -1,14 +1,18 @@
 """The executor against the law's own floor max(L*c + g, k*t): `benchmarks.law --executor`.
 
 L*c + g is the iteration at k = 0 in the same thread mode, taken beside every k, in turn, in the
-same run and the same placement: k is turned. t is unit bytes / bandwidth. A second floor shows
-what the machine itself makes of copies: k = 0 again, while the link carries as many bytes per
-iteration to a place that nobody computes from.
+same run and the same placement: k is turned. t is unit bytes / bandwidth.
+
+On an emulated link copies go through the memory that computes, as they do not on a device. Two
+more turns tell what that costs from what the executor costs: k = 0 again, while the link carries
+as many bytes per iteration to a place that nobody computes from; and k with a link that takes its
+time and moves nothing (it computes with what the slots held before).
 """
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,7 +53,9 @@ def executor_lines(summary: list[dict[str, Any]]) -> list[str]:
     return [
         f"{row['link_bytes_per_s'] / 1e9:g} GB/s, {row['points']} k: T / max(L*c+g, k*t) p90 "
         f"{row['p90']:.3f}, worst {row['worst']:.3f}; against k = 0 beside the same copies p90 "
-        f"{row['beside_copies_p90']:.3f}, worst {row['beside_copies_worst']:.3f}"
+        f"{row['beside_copies_p90']:.3f}, worst {row['beside_copies_worst']:.3f}; with copies that "
+        f"take their time and move nothing p90 {row['unmoved_p90']:.3f}, worst "
+        f"{row['unmoved_worst']:.3f}"
         for row in summary
     ]
 
@@ -60,7 +66,7 @@ def _link(
     link = EmulatedLink(rate)
     moving = MovingBatch(model, link, slots=SLOTS, k_max=ks[-1], requests=batch)
     transfer_s = max(unit.nbytes for unit in model.units) / rate
-    times_s: dict[int, list[tuple[float, float, float]]] = {k: [] for k in ks}
+    times_s: dict[int, list[_Times]] = {k: [] for k in ks}
     elsewhere = _Elsewhere(link, max(unit.nbytes for unit in model.units))
     for number in range(rounds):
         for k in ks if number % 2 == 0 else reversed(ks):
@@ -71,12 +77,27 @@ def _link(
                 ]
             )
             streaming_s = _quiet(moving.iterations(k, WARM_UP + repeats)[WARM_UP:])
-            times_s[k].append((alone_s, beside_s, streaming_s))
+            link.sample_bytes = 0
+            unmoved_s = _quiet(moving.iterations(k, WARM_UP + repeats)[WARM_UP:])
+            link.sample_bytes = None
+            moving.iterations(k, 2)  # no stale slot may go home
+            times_s[k].append(_Times(alone_s, beside_s, streaming_s, unmoved_s))
         note(f"{rate / 1e9:g} GB/s: round {number + 1} of {rounds}")
     elsewhere.close()
     moving.close()
     link.close()
     return [_point(rate, k, transfer_s, times) for k, times in times_s.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Seconds of one iteration: without copies, beside copies to elsewhere, with k units streamed,
+    and so again over a link that moves nothing."""
+
+    alone_s: float
+    beside_s: float
+    streaming_s: float
+    unmoved_s: float
 
 
 class _Elsewhere:
@@ -110,22 +131,23 @@ def _quiet(times_s: list[float]) -> float:
     return float(np.percentile(times_s, 25))
 
 
-def _point(
-    rate: float, k: int, transfer_s: float, times: list[tuple[float, float, float]]
-) -> dict[str, Any]:
+def _point(rate: float, k: int, transfer_s: float, times: list[_Times]) -> dict[str, Any]:
     copies_s = k * transfer_s
-    ratios = [took / max(alone, copies_s) for alone, _, took in times]
-    beside = [took / max(floor, copies_s) for _, floor, took in times]
+    ratios = [each.streaming_s / max(each.alone_s, copies_s) for each in times]
+    beside = [each.streaming_s / max(each.beside_s, copies_s) for each in times]
+    unmoved = [each.unmoved_s / max(each.alone_s, copies_s) for each in times]
     return {
         "link_bytes_per_s": rate,
         "k": k,
-        "alone_s": statistics.median(alone for alone, _, _ in times),
-        "beside_copies_s": statistics.median(floor for _, floor, _ in times),
+        "alone_s": statistics.median(each.alone_s for each in times),
+        "beside_copies_s": statistics.median(each.beside_s for each in times),
         "copies_s": copies_s,
-        "iteration_s": statistics.median(took for _, _, took in times),
+        "iteration_s": statistics.median(each.streaming_s for each in times),
+        "unmoved_s": statistics.median(each.unmoved_s for each in times),
         "ratio": statistics.median(ratios),
         "ratio_spread": [min(ratios), max(ratios)],
         "ratio_beside_copies": statistics.median(beside),
+        "ratio_unmoved": statistics.median(unmoved),
     }
 
 
@@ -133,6 +155,7 @@ def _summary(rate: float, points: list[dict[str, Any]]) -> dict[str, Any]:
     own = [point for point in points if point["link_bytes_per_s"] == rate]
     ratios = [point["ratio"] for point in own]
     beside = [point["ratio_beside_copies"] for point in own]
+    unmoved = [point["ratio_unmoved"] for point in own]
     return {
         "link_bytes_per_s": rate,
         "points": len(own),
@@ -140,4 +163,6 @@ def _summary(rate: float, points: list[dict[str, Any]]) -> dict[str, Any]:
         "worst": max(ratios),
         "beside_copies_p90": float(np.percentile(beside, 90)),
         "beside_copies_worst": max(beside),
+        "unmoved_p90": float(np.percentile(unmoved, 90)),
+        "unmoved_worst": max(unmoved),
     }
