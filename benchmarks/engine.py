@@ -3,11 +3,11 @@
     python -m benchmarks.engine --json [--vllm PYTHON]
 
 Peers are transformers' static `generate` and its continuous `generate_batch`, and vLLM's CPU
-build, which runs as `PYTHON` of an environment of its own. All get the same random prompts, new
-ones each round, and take turns, there and back, so that drift and bursts of the machine spread
-over all of them. A ratio is taken within its round, and only rounds count in which others left the
-machine alone: a busy neighbour stalls whoever uses all cores. Rates are output tokens over wall
-time, prompts included; greedy, bfloat16, end-of-sequence ignored.
+build, which runs as `PYTHON` of an environment of its own; each has a process to itself. All get
+the same random prompts, new ones each round, and take turns, there and back, so that drift and
+bursts of the machine spread over all of them. A ratio is taken within its round, and only rounds
+count in which others left the machine alone: a busy neighbour stalls whoever uses all cores. Rates
+are output tokens over wall time, prompts included; greedy, bfloat16, end-of-sequence ignored.
 """
 
 from __future__ import annotations
@@ -25,15 +25,7 @@ import psutil
 import torch
 
 from benchmarks.decoding import DEMO, complete, load, place, record_here
-from benchmarks.engine_peers import (
-    Prompts,
-    Runner,
-    generate,
-    generate_batch,
-    load_peer,
-    timed,
-    vllm,
-)
+from benchmarks.engine_peers import Prompts, Runner, timed, transformers, vllm
 from benchmarks.environment import Provenance, note, publish
 from select_n_core.links.emulated import EmulatedLink
 from select_n_core.profiling.measure import Effort
@@ -93,20 +85,16 @@ def _section(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
     """Every runner at so many threads."""
     torch.set_num_threads(threads)
     shape = (arguments.requests, arguments.prompt + arguments.output)
-    with _ours(arguments, threads) as (directory, vocab_size, ours):
-        peer = load_peer(directory)
-        runners: dict[str, Runner] = {
-            OURS: ours,
-            "generate": timed(lambda prompts, output: generate(peer, prompts, output)),
-            "generate_batch": timed(
-                lambda prompts, output: generate_batch(peer, prompts, output, arguments.chunk)
-            ),
-        }
-        with vllm(arguments.vllm, directory, shape, threads) as (version, runner):
-            if runner is not None:
-                runners["vllm"] = runner
-            found = _rounds(runners, arguments, vocab_size, threads)
-        peer.destroy_cached_continuous_batching_manager()
+    with (
+        _ours(arguments, threads) as (directory, vocab_size, ours),
+        transformers(directory, "generate", threads, arguments.chunk) as static,
+        transformers(directory, "generate_batch", threads, arguments.chunk) as continuous,
+        vllm(arguments.vllm, directory, shape, threads) as (version, runner),
+    ):
+        runners = {OURS: ours, "generate": static, "generate_batch": continuous}
+        if runner is not None:
+            runners["vllm"] = runner
+        found = _rounds(runners, arguments, vocab_size, threads)
     return {"threads": threads, "vllm": version, **_summary(found)}
 
 

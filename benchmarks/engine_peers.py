@@ -1,70 +1,26 @@
-"""Who the engine is measured against: transformers in this process, vLLM in one of its own."""
+"""Who the engine is measured against, each in a process of its own.
+
+Two thread pools in one process are more threads than cores to libgomp, which then puts threads to
+sleep at every barrier instead of letting them spin: all runners of that process would be slower.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    PreTrainedModel,
-)
 
 from benchmarks.environment import ROOT
 
 Prompts = list[list[int]]
 # Prompts and output tokens of each -> seconds, cpu_s (of the process) and tokens of each.
 Runner = Callable[[Prompts, int], dict[str, Any]]
-
-
-def load_peer(directory: Path) -> PreTrainedModel:
-    """The model as transformers runs it."""
-    peer: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, local_files_only=True
-    )
-    peer.generation_config.eos_token_id = None
-    peer.generation_config.pad_token_id = 0
-    return peer.eval()
-
-
-def generate(peer: PreTrainedModel, prompts: Prompts, output: int) -> list[list[int]]:
-    """transformers' static batch; prompts of equal length."""
-    ids = torch.tensor(prompts)
-    with torch.inference_mode():
-        found = peer.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=output, do_sample=False
-        )
-    tokens: list[list[int]] = found[:, ids.shape[1] :].tolist()
-    return tokens
-
-
-def generate_batch(
-    peer: PreTrainedModel, prompts: Prompts, output: int, chunk: int
-) -> list[list[int]]:
-    """transformers' continuous batching; its manager lives on, so only the first call builds it."""
-    requests, tokens = len(prompts), max(map(len, prompts)) + output
-    found = peer.generate_batch(
-        prompts,
-        generation_config=GenerationConfig(
-            max_new_tokens=output, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        continuous_batching_config=ContinuousBatchingConfig(
-            num_blocks=2 * requests * -(-tokens // 256),
-            max_batch_tokens=chunk + requests,
-            allow_block_sharing=False,
-        ),
-        persistent_manager=True,
-    )
-    return [each.generated_tokens for each in found.values()]
 
 
 def timed(run: Callable[[Prompts, int], list[list[int]]]) -> Runner:
@@ -83,6 +39,17 @@ def timed(run: Callable[[Prompts, int], list[list[int]]]) -> Runner:
 
 
 @contextmanager
+def transformers(directory: Path, how: str, threads: int, chunk: int) -> Iterator[Runner]:
+    """The runner of transformers' `generate` or `generate_batch`, as `how` says."""
+    command = [
+        *(sys.executable, "-m", "benchmarks.transformers_worker", str(directory), how),
+        *("--threads", str(threads), "--chunk", str(chunk)),
+    ]
+    with _worker(command, {}) as (_, runner):
+        yield runner
+
+
+@contextmanager
 def vllm(
     python: Path | None, directory: Path, shape: tuple[int, int], threads: int
 ) -> Iterator[tuple[str, Runner | None]]:
@@ -95,23 +62,28 @@ def vllm(
     if python is None:
         yield "not measured: no --vllm PYTHON was given", None
         return
+    requests, tokens = shape
+    script = str(ROOT / "benchmarks" / "vllm_worker.py")
     cores = sorted(os.sched_getaffinity(0))[:threads]
+    settings = {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [str(python), script, str(directory), str(tokens), str(requests)]
+    with _worker(command, settings) as (version, runner):
+        yield version, runner
+
+
+@contextmanager
+def _worker(command: Sequence[str], settings: dict[str, str]) -> Iterator[tuple[str, Runner]]:
+    """The version that a worker says it has, and its runner; it ends with the context."""
     worker = subprocess.Popen(
-        [
-            str(python),
-            str(ROOT / "benchmarks" / "vllm_worker.py"),
-            str(directory),
-            str(shape[1]),
-            str(shape[0]),
-        ],
-        env=os.environ
-        | {
-            "OMP_NUM_THREADS": str(threads),
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "HF_HUB_OFFLINE": "1",
-        },
+        command,
+        cwd=ROOT,
+        env=os.environ | settings,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -122,7 +94,7 @@ def vllm(
 
     def answer() -> dict[str, Any]:
         if not (line := stdout.readline()):
-            raise RuntimeError(f"vLLM ended with exit code {worker.wait()}; see its stderr")
+            raise RuntimeError(f"{command[1]} ended with exit code {worker.wait()}; see its stderr")
         found: dict[str, Any] = json.loads(line)
         return found
 
