@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks import environment
 from benchmarks.environment import ROOT, Provenance, note, publish
 from benchmarks.slo_cache import Cache, Key, Result, digest_of, engine_digest
+from benchmarks.slo_changes import change_line, changes
 from benchmarks.slo_load import PHASES, Schedule, make_schedule, phases_named
 from benchmarks.slo_plot import draw
 from benchmarks.slo_run import MAX_CPU, Entry, run_together
@@ -242,6 +243,10 @@ class Plan:
             "replica_cores": result.replica_cores,
             "lag_s": result.lag_s,
             "phases": [phase.document() for phase in self.scores(result)],
+            "changes": [
+                asdict(each)
+                for each in changes(self.schedule(result.seed, result.memory_bytes), result.samples)
+            ],
             "k_by_second": result.k_by_second() if result.policy == "select_n" else [],
         }
 
@@ -273,6 +278,8 @@ def document_lines(document: dict[str, Any], plan: Plan, results: Sequence[Resul
         for result in own:
             said = result.plan or f"cannot start: {result.cannot_start}"
             lines += table(result.policy, plan.scores(result), said)
+            if found := changes(plan.schedule(seed, memory_bytes), result.samples):
+                lines.append(f"  {change_line(found)}")
             lines.append(f"  {result.machine_line()}")
         lines += goal_lines(goal)
     return lines

@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import environment, slo, slo_machine, slo_run
 from benchmarks.slo_cache import Cache, Key, Result, engine_digest
+from benchmarks.slo_changes import change_line, changes
 from benchmarks.slo_load import (
     LONG_PROMPT,
     OUTPUT,
@@ -163,6 +164,19 @@ def test_k_and_bytes_are_of_the_phase_they_were_seen_in():
     assert second.k == (9.0, 8, 10)
     assert (first.host_bytes, second.host_bytes) == (9, 9)
     assert (first.link_bytes_per_s, second.link_bytes_per_s) == (100.0, 200.0)
+
+
+def test_a_link_that_changes_is_seen_before_and_after():
+    schedule = make_schedule(0, 2.0, 5.0, [PHASES[0], PHASES[3], PHASES[3]])
+    assert [phase.link_share for phase in schedule.phases] == [1.0, 0.5, 0.5]
+    samples = [
+        Sample(at_s, 0, k, running, 0, 0, 0, 0)
+        for at_s, k, running in ((4.5, 10, 6), (5.5, 9, 5), (7.5, 6, 2), (9.9, 5, 1), (12.5, 4, 1))
+    ]
+    (change,) = changes(schedule, [*samples, sample(4.9, 1, replica=1)])
+    assert (change.k, change.running) == ((10, 6), (6, 2))
+    assert change_line([change]) == "slow-link begins: k 10 -> 6, running 6 -> 2 after 2 s"
+    assert changes(schedule, []) == ()
 
 
 def test_goals_compare_goodput_by_schedule_and_by_phase():
