@@ -51,6 +51,7 @@ class Terms:
         priority: a larger one is served first, within its tenant's share.
         slo: the targets; None for the model's own.
         max_queue: requests of the class that may wait at one replica; None is the model's own.
+        max_tenant_queue: the same of the tenant.
     """
 
     tenant: str = ""
@@ -59,6 +60,7 @@ class Terms:
     priority: int = 0
     slo: SLO | None = None
     max_queue: int | None = None
+    max_tenant_queue: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

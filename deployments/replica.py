@@ -159,6 +159,7 @@ class Replica:
             tpot_s=None if slo is None else slo.tpot_s,
             max_wait_s=None if slo is None else slo.longest_wait_s,
             max_queue=terms.max_queue,
+            max_tenant_queue=terms.max_tenant_queue,
         )
 
     def _check_ids(self, prompt: Sequence[int], field: str) -> None:

@@ -66,6 +66,7 @@ class TenantConfig(Strict):
         slo_class: of its requests; None is the policy's default.
         weight: its share of a replica that several tenants want, against the others' weights.
         requests_per_minute, tokens_per_minute: its quota over all ingresses; None is no limit.
+        max_queue: requests of it that may wait at one replica; None is as many as of its class.
         models: that it may use; None is all of them.
         admin: whether it sees what concerns everybody, such as metrics.
     """
@@ -75,6 +76,7 @@ class TenantConfig(Strict):
     weight: Annotated[float, Field(gt=0)] = 1.0
     requests_per_minute: Annotated[float, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[float, Field(ge=1)] | None = None
+    max_queue: Annotated[int, Field(ge=1)] | None = None
     models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     admin: bool = False
 

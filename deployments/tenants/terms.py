@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from deployments.calls import Terms
@@ -45,7 +46,9 @@ def terms_of(caller: Caller, headers: Mapping[str, str], own: SLO) -> Terms:
         RequestError: a header names no class, or no time.
     """
     policy, tenant = caller.policy, caller.tenant
-    who = Terms() if tenant is None else Terms(tenant=tenant.name, weight=tenant.weight)
+    who = Terms()
+    if tenant is not None:
+        who = Terms(tenant=tenant.name, weight=tenant.weight, max_tenant_queue=tenant.max_queue)
     name = policy.default_class
     if tenant is not None and tenant.slo_class is not None:
         name = tenant.slo_class
@@ -65,9 +68,8 @@ def terms_of(caller: Caller, headers: Mapping[str, str], own: SLO) -> Terms:
         ttft_s=max(level.slo.ttft_s, ttft_s or 0.0),
         max_wait_s=level.slo.max_wait_s,
     )
-    return Terms(
-        tenant=who.tenant,
-        weight=who.weight,
+    return replace(
+        who,
         slo_class=name or "",
         priority=level.priority,
         slo=slo,

@@ -82,6 +82,7 @@ class Request:
         tpot_s: per output token after the first; None, or less than the SLO's, is the SLO's.
         max_wait_s: to be let in; None follows the SLO.
         max_queue: new requests of its class that may wait; None is as many as of all classes.
+        max_tenant_queue: the same of its tenant.
         sent_s: when it arrived, by the machine's monotonic clock; None is when the engine reads it.
     """
 
@@ -96,6 +97,7 @@ class Request:
     tpot_s: float | None = None
     max_wait_s: float | None = None
     max_queue: int | None = None
+    max_tenant_queue: int | None = None
     sent_s: float | None = None
 
     def __post_init__(self) -> None:

@@ -185,8 +185,9 @@ class Scheduler:
         self.waiting[request.id] = sequence
 
     def _crowd(self, request: Request, places: int) -> int | None:
-        """How many wait, of all classes or of the request's, where no more may; else None."""
-        if request.max_queue is None and len(self.waiting) < self.limits.max_queue + places:
+        """How many wait, of all or of its class or tenant, where no more may; else None."""
+        bounds = (request.max_queue, request.max_tenant_queue)
+        if bounds == (None, None) and len(self.waiting) < self.limits.max_queue + places:
             return None
         waiting = [each for each in self.waiting.values() if not each.preempted]
         if len(waiting) >= self.limits.max_queue + places:
@@ -195,6 +196,10 @@ class Scheduler:
             alike = sum(each.request.slo_class == request.slo_class for each in waiting)
             if alike >= request.max_queue + places:
                 return alike
+        if request.max_tenant_queue is not None:
+            own = sum(each.request.tenant == request.tenant for each in waiting)
+            if own >= request.max_tenant_queue + places:
+                return own
         return None
 
     def find(self, request_id: str) -> Sequence | None:

@@ -263,6 +263,18 @@ class TestOwnTargets:
         queue.add(request("c", slo_class="chat", max_queue=2))
         assert list(queue.waiting) == ["a", "c"]
 
+    def test_so_does_a_tenant_whatever_its_requests_classes(self):
+        queue = scheduler(max_batch=1, max_queue=9)
+        queue.add(request("runs"))
+        queue.next_step()
+        for name, slo_class in (("a", "chat"), ("b", "batch")):
+            queue.add(request(name, tenant="acme", slo_class=slo_class, max_tenant_queue=2))
+        with pytest.raises(OverloadedError, match="2 requests are waiting already") as caught:
+            queue.add(request("c", tenant="acme", max_tenant_queue=2))
+        assert caught.value.reason == Reason.QUEUE
+        queue.add(request("d", tenant="zeta", max_tenant_queue=1))
+        assert list(queue.waiting) == ["a", "b", "d"]
+
     def test_twice_the_weight_is_twice_the_tokens_from_the_next_request_on(self):
         world = served(COSTLY, SLACK, [40], max_batch=2)
         for number in range(60):

@@ -42,6 +42,13 @@ def test_a_tenant_has_its_class():
     )
 
 
+@pytest.mark.parametrize("slo_class", [None, "gold"])
+def test_a_tenants_own_queue_is_bounded_whatever_its_class(slo_class):
+    tenant = TenantConfig(name="acme", slo_class=slo_class, max_queue=3)
+    assert terms_of(Caller(tenant, policy()), Headers(), OWN).max_tenant_queue == 3
+    assert terms(slo_class).max_tenant_queue is None
+
+
 def test_who_names_none_has_the_default():
     live = policy(default_class="plain")
     nobody = terms_of(Caller(None, live), Headers(), OWN)
