@@ -63,6 +63,31 @@ class Terms:
     max_tenant_queue: int | None = None
 
 
+@dataclass(slots=True)
+class Route:
+    """Where a call is to go, and where it went.
+
+    The router on the way writes the second part, so a route belongs to one attempt of one call.
+
+    Attributes:
+        prefer: replicas in order, first to last. avoid: only where there is nobody else.
+        sender, number: which call of which ingress it is; see `Request`.
+        sent_to: the replica that took it. living: how many replicas the router knew.
+    """
+
+    prefer: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+    sender: str = ""
+    number: int = 0
+    sent_to: str = ""
+    living: int = 0
+
+    @property
+    def target(self) -> str:
+        """The replica that took it, as far as one can tell; empty where one cannot."""
+        return self.sent_to or next(iter(self.prefer), "")
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One sequence that a client asks for.
@@ -74,6 +99,8 @@ class Call:
         terms: whose it is and what it is promised; never from the client's own words.
         max_tokens: output tokens at most; None lets the replica choose.
         stop: strings that end the text, not shown.
+        session: calls with the same one gain by going to the same replica; empty is none.
+        route: None leaves it to Ray Serve.
     """
 
     id: str
@@ -84,6 +111,8 @@ class Call:
     prompt_field: str = "prompt"
     max_tokens_field: str = "max_tokens"
     terms: Terms = Terms()
+    session: str = ""
+    route: Route | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +191,7 @@ class Report:
     Attributes:
         node: of the cluster, on which it runs.
         measured_at_s: time of day (`time.time()`) at which `stats` held.
+        draining: it takes no more calls.
     """
 
     replica: str
@@ -169,6 +199,7 @@ class Report:
     stats: EngineStats
     node: str = ""
     measured_at_s: float = 0.0
+    draining: bool = False
 
 
 class Backend(Protocol):

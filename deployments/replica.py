@@ -160,6 +160,8 @@ class Replica:
             max_wait_s=None if slo is None else slo.longest_wait_s,
             max_queue=terms.max_queue,
             max_tenant_queue=terms.max_tenant_queue,
+            sender="" if call.route is None else call.route.sender,
+            number=0 if call.route is None else call.route.number,
         )
 
     def _check_ids(self, prompt: Sequence[int], field: str) -> None:
@@ -206,7 +208,7 @@ class Replica:
         stats = self._client.stats()
         # Without a call the engine has nothing to do, and what it said last still holds.
         measured_at_s = stats.measured_at_s if self._live else time.time()
-        return Report(self._name, self._info, stats, self._node, measured_at_s)
+        return Report(self._name, self._info, stats, self._node, measured_at_s, self._draining)
 
     def check_health(self) -> None:
         """Raise EngineError when the engine no longer turns; a drained replica is well."""

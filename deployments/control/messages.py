@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from deployments import calls
+from deployments.control.service import UNKNOWN, ServiceReport
 from select_n_core.config import ModelConfig
 from select_n_core.live import LivePolicy
 
@@ -32,6 +33,7 @@ class ReplicaReport:
         tpot_s, ttft_s: the model's targets.
         tpot_headroom, ttft_headroom: 1 - p95 / target over the last seconds; None while nothing
             finished in them.
+        service: what it can still give.
     """
 
     replica: str
@@ -59,6 +61,7 @@ class ReplicaReport:
     ttft_s: float
     tpot_headroom: float | None
     ttft_headroom: float | None
+    service: ServiceReport = UNKNOWN
 
     @classmethod
     def of(cls, report: calls.Report, model: ModelConfig, sequence: int = 0) -> ReplicaReport:
@@ -90,6 +93,7 @@ class ReplicaReport:
             ttft_s=model.slo.ttft,
             tpot_headroom=stats.tpot_headroom,
             ttft_headroom=stats.ttft_headroom,
+            service=ServiceReport.of(report),
         )
 
     @property
@@ -114,8 +118,9 @@ class ReplicaReport:
 
     @property
     def decided(self) -> tuple[object, ...]:
-        """What others must hear of at once when it changes: k, memory, admission."""
+        """What others must hear of at once when it changes: k, memory, admission, draining."""
         return (
+            self.service.draining,
             self.k,
             self.k_most,
             self.mirrored_bytes,

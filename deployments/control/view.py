@@ -78,6 +78,7 @@ def _replica(report: ReplicaReport, now_s: float) -> dict[str, Any]:
         "link_bytes_per_s": report.link_bytes_per_s,
         "running": report.running,
         "waiting": report.waiting,
+        "draining": report.service.draining,
         "kv_free_tokens": report.kv_free_tokens,
         "kv_tokens": report.kv_tokens,
         "ttft_p95_s": report.seen_ttft_s,

@@ -142,17 +142,20 @@ def plan_course(
     able: dict[str, float] = {}
     breaking: dict[str, float] = {}
     full: dict[str, Judgement] = {}
-    unknown, avoid = [], []
+    unsure: dict[str, float] = {}
+    avoid: list[str] = []
     in_vain = True
     for each in candidates:
         if each.draining:
             avoid.append(each.name)
             continue
-        if each.vacancy is None or not each.vacancy.levels or each.age_s > _STALE_S:
-            unknown.append(each.name)
+        if each.vacancy is None or not each.vacancy.levels:
+            unsure[each.name] = 1.0
             continue
         judgement = judge(each.vacancy, each.sent, need)
-        if judgement.reason is None:
+        if each.age_s > _STALE_S:
+            unsure[each.name] = max(1.0, judgement.headroom)
+        elif judgement.reason is None:
             able[each.name] = judgement.headroom
         elif not judgement.breaks:
             full[each.name] = judgement
@@ -166,16 +169,22 @@ def plan_course(
         _prefer_alike(first, able, affinity)
     later = _drawn(breaking, draw)
     later += _drawn({name: 1 / (each.fits_in_s + _SOON_S) for name, each in full.items()}, draw)
-    draw.shuffle(unknown)
+    last = _drawn(unsure, draw)
     turned_away = None
-    if full and in_vain and not (able or breaking or unknown):
+    if full and in_vain and not (able or breaking or unsure):
         soonest = min(full.values(), key=lambda judgement: judgement.fits_in_s)
         turned_away = TurnedAway(soonest.reason or Reason.QUEUE, soonest.fits_in_s)
-    return Course((*first, *later, *unknown), tuple(avoid), turned_away)
+    return Course((*first, *later, *last), tuple(avoid), turned_away)
 
 
 def _in_vain(judgement: Judgement, vacancy: Vacancy, need: Need) -> bool:
-    """Whether it would surely wait in vain, though it went first."""
+    """Whether it would surely wait in vain, though it went first.
+
+    Where nobody waits yet it is asked for all the same: a replica that nobody is sent to seems to
+    have less to do than is wanted of it, and whoever scales would not know.
+    """
+    if not vacancy.waiting:
+        return False
     least = vacancy.least_priority
     if least is not None and least < need.priority:  # it may take somebody's place
         return False

@@ -28,6 +28,7 @@ from select_n_core.engine.online import OnlineModel
 from select_n_core.engine.sampler import Drawn, Sampler
 from select_n_core.engine.scheduler import Clock, Scheduler
 from select_n_core.engine.sequence import Sequence, Turn, shape_of
+from select_n_core.engine.vacancy import VacancyMeter
 from select_n_core.errors import EngineError, OverloadedError, SelectNError
 from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.base import Direction
@@ -90,6 +91,7 @@ class Engine:
         self._turns: Counter[Cause] = Counter()
         self._turned: list[Turned] = []
         self._headroom = HeadroomWindow(scheduler.slo)
+        self._vacancy = VacancyMeter(scheduler)
         self._outputs: list[Output] = []
         self._iterations = 0
         self._iteration_s = 0.0
@@ -108,6 +110,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request; its first output is the verdict: it is let in, or its error."""
+        self._vacancy.hear(request)
         try:
             self.scheduler.add(request)
             try:
@@ -225,6 +228,7 @@ class Engine:
             recomputes=scheduler.recomputes,
             admitted=scheduler.admitted,
             returned={str(reason): count for reason, count in scheduler.returned.items()},
+            vacancy=self._vacancy.read(now_s),
         )
 
     def _predict(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from select_n_core.decisions.vacancy import Vacancy
 from select_n_core.errors import InputError, SelectNError
 
 
@@ -83,6 +84,8 @@ class Request:
         max_wait_s: to be let in; None follows the SLO.
         max_queue: new requests of its class that may wait; None is as many as of all classes.
         max_tenant_queue: the same of its tenant.
+        sender, number: who sent it, and which of that sender's it is, from 1 on; empty where
+            nobody wants to know when it was heard.
         sent_s: when it arrived, by the machine's monotonic clock; None is when the engine reads it.
     """
 
@@ -98,6 +101,8 @@ class Request:
     max_wait_s: float | None = None
     max_queue: int | None = None
     max_tenant_queue: int | None = None
+    sender: str = ""
+    number: int = 0
     sent_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -159,6 +164,7 @@ class EngineStats:
         swaps, recomputes: preemptions since start, by where the cache went: to host blocks, or
             nowhere, to be computed again.
         admitted: requests let in since start. returned: those that were not, by reason.
+        vacancy: the room that is left; None before the engine said anything.
     """
 
     measured_at_s: float = 0.0
@@ -186,6 +192,7 @@ class EngineStats:
     recomputes: int = 0
     admitted: int = 0
     returned: Mapping[str, int] = field(default_factory=dict)
+    vacancy: Vacancy | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,16 @@ class Scheduler:
         return next_up(self.k, turning.k_most(), turning.k_min, self.slots, turning.blocks_at)
 
     @property
+    def tightest_tpot_s(self) -> float:
+        """The tightest promise to any live request, as decisions aim at it; else the model's."""
+        return min(self._tpots_s, default=self.slo.tpot_s * TPOT_AIM)
+
+    @property
+    def kv_blocks(self) -> int:
+        """That exist at this k."""
+        return self.blocks.blocks if self.turning is None else self.turning.blocks_at[self.k]
+
+    @property
     def idle(self) -> bool:
         """Whether nobody runs or waits."""
         return not self.waiting and not self.running
@@ -279,19 +289,18 @@ class Scheduler:
         now_s, expected = self.clock(), self.limits.expected_output
         size = self.blocks.block_tokens
         turning = self.turning
-        exist = self.blocks.blocks if turning is None else turning.blocks_at[self.k]
         return StepState(
             running=facts_of(self.running.values(), now_s, size, expected),
             waiting=facts_of(self.waiting.values(), now_s, size, expected),
             free_blocks=self.blocks.free_blocks,
-            blocks=exist,
+            blocks=self.kv_blocks,
             block_tokens=size,
             max_batch=self.limits.max_batch,
             max_step_tokens=self.limits.max_step_tokens,
             least_chunk=self.limits.least_chunk,
             k=self.k,
             slots=self.slots,
-            tpot_s=min(self._tpots_s, default=self.slo.tpot_s * TPOT_AIM),
+            tpot_s=self.tightest_tpot_s,
             policy=self._policy,
             k_min=self.k if turning is None else turning.k_min,
             k_up=self.k_up,

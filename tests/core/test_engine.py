@@ -118,6 +118,16 @@ class TestEnds:
         assert heard.tokens("stops") == expected[: expected.index(expected[4])]
         assert heard.finish("stops") is FinishReason.STOP
 
+    def test_it_says_whom_it_has_heard_and_what_is_left(self, engine):
+        engine.submit(replace(request("a"), sender="here", number=5))
+        vacancy = engine.step().stats.vacancy
+        assert vacancy.heard == {"here": 5}
+        assert (vacancy.running, vacancy.waiting) == (1, 0)
+        engine.submit(replace(request("a"), sender="there", number=1))  # refused, but heard
+        assert engine.step().stats.vacancy.heard == {"here": 5, "there": 1}
+        engine.cancel("a")
+        engine.step()
+
     def test_a_cancelled_request_frees_its_blocks_at_once_and_says_so(self, engine, heard):
         engine.submit(request("a", tokens=100, ignore_eos=True))
         engine.submit(request("b", tokens=10, ignore_eos=True))

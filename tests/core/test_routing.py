@@ -195,11 +195,11 @@ class TestTurningAway:
     def test_where_all_are_full_for_longer_than_one_may_wait(self):
         need = replace(NEED, max_wait_s=0.01)
         course = plan_course(
-            [Candidate("a", busy(16)), Candidate("b", busy(17))], need, random.Random(0)
+            [Candidate("a", busy(17)), Candidate("b", busy(18))], need, random.Random(0)
         )
         assert course.turned_away is not None
         assert course.turned_away.reason is Reason.QUEUE
-        sooner = judge(busy(16), Sent(), need).fits_in_s
+        sooner = judge(busy(17), Sent(), need).fits_in_s
         assert course.turned_away.fits_in_s == pytest.approx(sooner)
         assert set(course.prefer) == {"a", "b"}
 
@@ -208,15 +208,16 @@ class TestTurningAway:
         [
             Candidate("b", busy(15)),
             Candidate("b", None),
-            Candidate("b", busy(16), age_s=3.0),
-            Candidate("b", busy(16, least_priority=-1)),
+            Candidate("b", busy(17), age_s=3.0),
+            Candidate("b", busy(17, least_priority=-1)),
+            Candidate("b", busy(16)),
             Candidate("b", vacancy(replace(LATENCY, transfer_s=60 * MS))),
         ],
-        ids=["has room", "unknown", "old", "has a lower class", "slow and empty"],
+        ids=["has room", "unknown", "old", "has a lower class", "has no queue", "slow and empty"],
     )
     def test_not_where_one_may_let_it_in(self, other):
         need = replace(NEED, max_wait_s=0.01)
-        course = plan_course([Candidate("a", busy(16)), other], need, random.Random(0))
+        course = plan_course([Candidate("a", busy(17)), other], need, random.Random(0))
         assert course.turned_away is None
 
     def test_not_for_those_that_wait_before_it(self):

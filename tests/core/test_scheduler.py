@@ -1,6 +1,7 @@
 """The scheduler: who is let in, who runs, who is preempted, and whose blocks come back."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 from fake_executor import VOCAB, Clock, Served, expected_tokens, served
@@ -11,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from select_n_core.decisions.facts import Reason
 from select_n_core.decisions.latency import ComputeModel, LatencyModel
 from select_n_core.engine.messages import FinishReason, Request, SamplingParams
-from select_n_core.engine.scheduler import Limits, Scheduler
+from select_n_core.engine.scheduler import Limits, Scheduler, Turning
+from select_n_core.engine.vacancy import VacancyMeter
 from select_n_core.errors import (
     ContextLengthError,
     DeviceMemoryError,
@@ -288,6 +290,54 @@ class TestOwnTargets:
             world.step()
         heavy = sum(name.startswith("heavy") for name in world.ends)
         assert 27 <= heavy <= 33
+
+
+class TestVacancy:
+    def test_it_counts_who_runs_who_waits_and_what_they_will_take(self):
+        queue = scheduler(blocks=8, max_batch=2, expected_output=20)
+        meter = VacancyMeter(queue)
+        empty = meter.read(0.0)
+        assert (empty.running, empty.waiting, empty.least_priority) == (0, 0, None)
+        assert (empty.tpot_s, empty.max_batch) == (pytest.approx(0.098), 2)
+        assert [(level.k, level.kv_tokens) for level in empty.levels] == [(2, 128)]
+        for name, facts in (("a", {"priority": 3}), ("b", {}), ("c", {"tpot_s": 0.2})):
+            queue.add(request(name, prompt=10, max_tokens=30, **facts))
+        queue.next_step()
+        read = meter.read(0.1)
+        assert (read.running, read.waiting, read.least_priority) == (2, 1, 0)
+        assert (read.running_tokens, read.waiting_tokens) == (2 * 32, 32)  # 30 each, whole blocks
+        assert read.backlog_tokens == 30
+
+    def test_what_k_may_still_free_is_reclaimable(self):
+        queue = scheduler(blocks=8)
+        queue.turning = Turning(k_min=2, k_most=lambda: 4, blocks_at=(0, 0, 8, 10, 12))
+        read = VacancyMeter(queue).read(0.0)
+        assert [(level.k, level.kv_tokens) for level in read.levels] == [(2, 128), (4, 192)]
+        assert read.reclaimable_tokens == 64
+
+    def test_it_says_whose_requests_it_includes(self):
+        meter = VacancyMeter(scheduler())
+        for sender, number in (("here", 4), ("there", 7), ("here", 3), ("", 99)):
+            meter.hear(request(str(number), sender=sender, number=number))
+        assert meter.read(0.0).heard == {"here": 4, "there": 7}
+
+    def test_senders_that_are_gone_are_forgotten_some_day(self):
+        meter = VacancyMeter(scheduler())
+        for number in range(1000):
+            meter.hear(request("a", sender=str(number), number=1))
+            meter.hear(request("a", sender="stays", number=number))
+        heard = meter.read(0.0).heard
+        assert heard["stays"] == 999
+        assert len(heard) <= 256
+
+    def test_a_latency_that_was_learnt_shows_within_a_report(self):
+        queue = scheduler()
+        meter = VacancyMeter(queue)
+        [before] = meter.read(0.0).levels
+        queue.latency = replace(LATENCY, transfer_s=50 * MS)
+        assert meter.read(0.01).levels == (before,)
+        [after] = meter.read(0.06).levels
+        assert after.step_s(0) > 2 * before.step_s(0)
 
 
 class TestSlack:

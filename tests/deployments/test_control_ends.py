@@ -263,6 +263,17 @@ def test_a_replica_reports_what_its_engine_says(text):
     assert time.time() - report.measured_at_s < 5  # nothing runs: what it said last still holds
 
 
+async def test_a_replica_that_takes_no_more_calls_says_so_at_once(text):
+    engine = ScriptedEngine(text, "ok")
+    served = replica(engine, text)
+    [model] = args().models
+    before = ReplicaReport.of(served.report(), model, 1)
+    await served.drain(0.0)
+    after = ReplicaReport.of(served.report(), model, 2)
+    assert (before.service.draining, after.service.draining) == (False, True)
+    assert is_due(after, before, 0.0)
+
+
 def test_latencies_follow_from_headroom_and_target():
     report = replace(BASE, tpot_headroom=0.25, ttft_headroom=-0.5, tpot_s=0.1, ttft_s=2.0)
     assert report.seen_tpot_s == pytest.approx(0.075)
