@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from deployments.backend import HandleBackend
@@ -23,8 +23,12 @@ from deployments.control.reporter import reporter_of_ingress, reporter_of_replic
 from deployments.control.sharing import SharedQuotas
 from deployments.http.api import create_api
 from deployments.http.live import LiveRequests
+from deployments.http.metrics import IngressMetrics
 from deployments.naming import INGRESS, deployment_name
 from deployments.replica import Replica
+from deployments.routing.attempts import RoutedBackend
+from deployments.routing.pilot import Pilot
+from deployments.routing.router import ROUTER
 from deployments.sizing import SMALL_CPUS, actor_options
 from deployments.telemetry import Telemetry
 from select_n_core.config import ModelConfig, ServeArgs, parse_args
@@ -104,21 +108,34 @@ class IngressDeployment:
         self._cluster = SnapshotCache(RemoteController())
         self._policy = HeardPolicy(self._cluster)
         name = serve.get_replica_context().replica_id.unique_id
+        self._name = name
         self._shared = SharedQuotas(name, self._cluster)
         self._telemetry = Telemetry.open("ingress", {"select_n.replica": name})
 
     def __serve_build_asgi_app__(self) -> Any:
+        metrics = IngressMetrics(
+            {model.name: model.slo.targets() for model in self._args.models},
+            self._telemetry.sinks(),
+        )
         api = create_api(
-            {name: HandleBackend(handle, name) for name, handle in self._handles.items()},
+            {model.name: self._backend(model, metrics) for model in self._args.models},
             self._args,
             cluster=self._cluster,
             policy=self._policy,
             quotas=self._shared.quotas,
-            sinks=self._telemetry.sinks(),
+            metrics=metrics,
             lifespan=self._lifespan,
         )
         api.add_middleware(self._live.middleware)
         return api
+
+    def _backend(self, model: ModelConfig, metrics: IngressMetrics) -> RoutedBackend:
+        return RoutedBackend(
+            HandleBackend(self._handles[model.name], model.name),
+            Pilot(self._name, model.name, model.slo.targets(), self._cluster),
+            stream_timeout_s=self._args.stream_timeout,
+            retried=metrics.retried(model.name),
+        )
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -160,6 +177,7 @@ def _replica(model: ModelConfig, load: Load) -> serve.Application:
         name=deployment_name(model.name),
         ray_actor_options=actor_options(model),
         max_ongoing_requests=_slots(model),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         **_scale(model),
         **_HEALTH,
         **_SHUTDOWN,

@@ -14,6 +14,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
+from deployments import ray_compat
 from deployments.calls import Call, Chunk, Failure, Report
 from select_n_core.decisions.facts import Reason
 from select_n_core.errors import OverloadedError, SelectNError
@@ -37,7 +38,7 @@ class HandleBackend:
 
     async def generate(self, call: Call) -> AsyncGenerator[Chunk, None]:
         """See `Backend.generate`."""
-        response = self._generate.remote(call)
+        response = ray_compat.call_apart(self._generate, call)
         ended = False
         try:
             async for chunk in response:

@@ -69,7 +69,7 @@ DURATION = Series(
 ADMISSIONS = Series(
     "select_n.admission.decisions",
     "{request}",
-    "Requests admitted and refused.",
+    "Requests admitted and refused, and their sequences that were sent to a second replica.",
     ("model", "outcome", "reason", "tenant"),
 )
 VIOLATIONS = Series(

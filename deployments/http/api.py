@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,6 @@ from deployments.http.dialect import ChatDialect, CompletionDialect, Dialect
 from deployments.http.errors import FailureError, error_body, error_response
 from deployments.http.metrics import IngressMetrics, RequestTimer
 from deployments.http.schema import ChatRequest, CompletionRequest
-from deployments.series import Sink
 from deployments.tenants.charges import Charge, Quotas, expected_tokens
 from deployments.tenants.gate import Caller, Gate, PolicySource, open_to_all
 from deployments.tenants.terms import terms_of
@@ -35,6 +34,7 @@ from select_n_core.config import ServeArgs
 from select_n_core.errors import QuotaError
 
 _PROBE_TIMEOUT_S = 2.0
+_SESSION_HEADER = "X-Session-Id"
 
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -47,7 +47,7 @@ def create_api(
     cluster: SnapshotCache | None = None,
     policy: PolicySource = open_to_all,
     quotas: Quotas | None = None,
-    sinks: Sequence[Sink] = (),
+    metrics: IngressMetrics | None = None,
     lifespan: Lifespan | None = None,
 ) -> FastAPI:
     """The ASGI application that serves `backends`, one per model of `args`.
@@ -56,14 +56,15 @@ def create_api(
         cluster: what the controller says, where there is one.
         policy: the live policy as of now: tenants, classes.
         quotas: that tenants' requests are charged to; None shares them with no other ingress.
-        sinks: told of every measurement, besides Prometheus.
+        metrics: where requests are counted; None keeps them to this API.
         lifespan: entered when the server starts, left when it ends.
     """
     # JSON is read only under its own content type, which no web page of another origin can send
     # without asking first.
     api = FastAPI(title="select-n", strict_content_type=True, lifespan=lifespan)
     errors.install(api)
-    metrics = IngressMetrics({model.name: model.slo.targets() for model in args.models}, sinks)
+    if metrics is None:
+        metrics = IngressMetrics({model.name: model.slo.targets() for model in args.models})
     ingress = _Ingress(backends, args, metrics, quotas or Quotas(), cluster)
     api.post("/v1/chat/completions")(ingress.chat)
     api.post("/v1/completions")(ingress.complete)
@@ -200,7 +201,8 @@ class _Ingress:
         caller, own = caller_of(request), self._metrics.slos[body.model]
         terms = terms_of(caller, request.headers, own)
         request_id = dialect.id_prefix + uuid.uuid4().hex
-        calls = [replace(call, terms=terms) for call in body.calls(request_id)]
+        session = request.headers.get(_SESSION_HEADER, "")
+        calls = [replace(each, terms=terms, session=session) for each in body.calls(request_id)]
         timer = RequestTimer(self._metrics, body.model, dialect.operation, terms)
         answer = Answer(
             backend,

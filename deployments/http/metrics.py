@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from deployments.calls import Delta, Failure, Report, Terms
+from deployments.calls import Call, Delta, Failure, Report, Terms
 from deployments.series import (
     ADMISSIONS,
     DURATION,
@@ -46,6 +46,16 @@ class IngressMetrics:
         """One measurement."""
         for sink in self._sinks:
             sink.record(series, value, attributes)
+
+    def retried(self, model: str) -> Callable[[Call, Failure], None]:
+        """Whom to tell of a sequence of the model that is sent to another replica."""
+
+        def record(call: Call, failure: Failure) -> None:
+            who = {"tenant": call.terms.tenant} if call.terms.tenant else {}
+            what = {"model": model, "outcome": "sent_elsewhere", "reason": failure.code}
+            self.record(ADMISSIONS, 1, what | who)
+
+        return record
 
     def page(self, reports: Mapping[str, Sequence[Report]]) -> bytes:
         """The exposition text: own series and one set of series per reporting replica."""

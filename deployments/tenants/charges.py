@@ -19,11 +19,12 @@ _BYTES_PER_TOKEN = 4  # of text nobody has tokenised yet; what it was is known a
 
 def expected_tokens(calls: Sequence[Call], choices_per_prompt: int) -> int:
     """The most that one request is expected to use: each prompt once, every choice's output."""
-    prompts = sum(_prompt_tokens(call) for call in calls[::choices_per_prompt])
+    prompts = sum(prompt_tokens(call) for call in calls[::choices_per_prompt])
     return prompts + sum(call.max_tokens or DEFAULT_MAX_TOKENS for call in calls)
 
 
-def _prompt_tokens(call: Call) -> int:
+def prompt_tokens(call: Call) -> int:
+    """Of a call's prompt, as far as one can tell who has no tokenizer."""
     if isinstance(call.prompt, str):
         texts = [call.prompt]
     else:

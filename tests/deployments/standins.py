@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deployments.calls import Call, Failure, Report
 from deployments.http.api import create_api
+from deployments.http.metrics import IngressMetrics
 from deployments.replica import Replica
 from deployments.series import Sink
 from deployments.tenants.gate import PolicySource, open_to_all
@@ -220,7 +221,8 @@ def serving(
     """The HTTP side around one replica, of every model, on a loopback port; yields its URL."""
     backends = dict.fromkeys(models, LocalBackend(replica(engine, text)))
     asked = args(*models, stream_timeout=stream_timeout)
-    api = create_api(backends, asked, policy=policy, sinks=sinks)
+    slos = {model.name: model.slo.targets() for model in asked.models}
+    api = create_api(backends, asked, policy=policy, metrics=IngressMetrics(slos, sinks))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
