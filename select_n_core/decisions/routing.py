@@ -120,7 +120,12 @@ class Course(NamedTuple):
 
 def judge(vacancy: Vacancy, sent: Sent, need: Need) -> Judgement:
     """What the replica could do, at the k that suits the request best."""
-    judged = [_at(level, vacancy, sent, need) for level in vacancy.levels]
+    places = vacancy.max_batch - vacancy.running - vacancy.waiting - sent.requests
+    judged = []
+    for level in vacancy.levels:
+        judged.append(_at(level, vacancy, sent, need))
+        if judged[-1].reason is None and judged[-1].headroom >= places:
+            break  # there are not more at any k
     return max(judged, key=lambda each: (each.reason is None, not each.breaks, each.headroom))
 
 
