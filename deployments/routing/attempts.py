@@ -7,6 +7,7 @@ nothing of its answer has come out. What has begun to come out ends in an error 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -18,6 +19,7 @@ from select_n_core.errors import EngineError, OverloadedError, UnavailableError
 from select_n_core.slo import SLO
 
 _LOOK_S = 0.25  # between two looks at whether a silent replica is still there
+_HUNG_S = 5.0  # of silence, once it is not: a stream that has begun cannot go on elsewhere
 _SILENT = "stream_timeout"
 _LOST = (UnavailableError.code, EngineError.code, _SILENT)
 _REFUSED = f"{OverloadedError.code}_"
@@ -58,8 +60,8 @@ class RoutedBackend:
         route = self._pilot.choose(call)
         while isinstance(route, Route):
             again: Failure | None = None
-            watch = failed is None
-            async with aclosing(self._attempt(call, route, watch=watch)) as chunks:
+            may_move = failed is None
+            async with aclosing(self._attempt(call, route, may_move=may_move)) as chunks:
                 async for chunk in chunks:
                     if isinstance(chunk, Failure):
                         if failed is None and not tokens and may_go_elsewhere(chunk, route):
@@ -95,44 +97,49 @@ class RoutedBackend:
         return await self._replicas.reports(timeout_s)
 
     async def _attempt(
-        self, call: Call, route: Route, *, watch: bool
+        self, call: Call, route: Route, *, may_move: bool
     ) -> AsyncGenerator[Chunk, None]:
-        """The chunks of one attempt; a replica that falls silent too early ends it in a failure.
+        """The chunks of one attempt; a replica that falls silent ends it in a failure.
 
         Args:
-            watch: whether silence ends it, as long as no token has come and there is another
-                replica to ask. Later it is for whoever watches the whole stream.
+            may_move: whether another replica may be asked, as long as no token has come.
         """
         with self._pilot.sending(call, route):
             chunks = self._replicas.generate(replace(call, route=route, session=""))
             async with aclosing(chunks):
                 patience_s = self._patience_s + self._pilot.promised(call).longest_wait_s
-                while watch:
+                while True:
+                    patience_s = patience_s if may_move else math.inf
                     chunk = await self._heard(chunks, route, patience_s)
                     if chunk is None:
                         return
                     yield chunk
+                    may_move = may_move and not (isinstance(chunk, Delta) and chunk.tokens)
                     patience_s = self._patience_s
-                    watch = not (isinstance(chunk, Delta) and chunk.tokens)
-                async for chunk in chunks:
-                    yield chunk
 
     async def _heard(
         self, chunks: AsyncGenerator[Chunk, None], route: Route, patience_s: float
     ) -> Chunk | None:
-        """The next chunk, or a failure where none comes and another replica may do better."""
+        """The next chunk, or a failure where none comes.
+
+        Args:
+            patience_s: after which another replica may do better, if there is one; infinite where
+                there is nothing to do but wait. Then whoever watches the whole stream ends it, and
+                sooner than that a replica that reports no more.
+        """
         step = asyncio.create_task(_next(chunks))
-        until_s = self._clock() + patience_s
+        since_s = self._clock()
         try:
-            while not step.done():
+            while True:
                 await asyncio.wait({step}, timeout=_LOOK_S)
-                if step.done() or route.living < 2:
-                    continue
-                if self._pilot.has_lost(route):
+                if step.done():
+                    return step.result()
+                silent_s, may_move = self._clock() - since_s, patience_s < math.inf
+                may_move = may_move and route.living > 1
+                if (may_move or silent_s >= _HUNG_S) and self._pilot.has_lost(route):
                     return Failure(_SILENT, "the replica that was asked reports no more")
-                if self._clock() >= until_s:
+                if may_move and silent_s >= patience_s:
                     return Failure(_SILENT, f"nothing came from the model for {patience_s:g} s")
-            return step.result()
         finally:
             if not step.done():
                 step.cancel()

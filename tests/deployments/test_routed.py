@@ -203,6 +203,7 @@ class Replicas:
     scripts: dict[str, list]
     calls: list[Call] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+    said: list = field(default_factory=list)
 
     async def generate(self, call: Call) -> AsyncIterator:
         self.calls.append(call)
@@ -212,6 +213,7 @@ class Replicas:
         route.sent_to, route.living = name, len(self.scripts)
         try:
             for line in self.scripts[name]:
+                self.said.append(line)
                 if line == "hang":
                     await asyncio.Event().wait()
                 yield line
@@ -368,6 +370,26 @@ class TestSilence:
         await soon(is_asked)
         cluster.says(b=EMPTY)
         assert await answering == TOLD
+
+    async def test_one_that_has_begun_to_answer_and_reports_no_more_ends_in_an_error(
+        self, cluster, clock
+    ):
+        cluster.says(a=EMPTY, b=FULL)
+        replicas = Replicas({"a": [*TOLD[:2], "hang"], "b": TOLD})
+        chunks = backend(cluster, replicas, clock=clock, stream_timeout_s=600.0).generate(CALL)
+        assert [await anext(chunks) for _ in range(2)] == TOLD[:2]
+        step = asyncio.create_task(anext(chunks))
+
+        async def is_at_it() -> bool:
+            return "hang" in replicas.said
+
+        await soon(is_at_it)
+        clock.now_s += 6
+        cluster.says(b=EMPTY)
+        async with asyncio.timeout(20):
+            failure = await step
+        assert (failure.code, replicas.asked) == ("stream_timeout", ["a"])
+        await chunks.aclose()
 
     async def test_the_only_replica_is_waited_for(self, cluster):
         replicas = Replicas({"a": ["hang"]})
