@@ -9,7 +9,11 @@ import served
 import standins
 
 from select_n_core.config import ModelConfig
+from select_n_core.decisions.latency import ComputeModel, LatencyModel
+from select_n_core.decisions.vacancy import Vacancy, levels_of
+from select_n_core.engine.messages import EngineStats
 
+LATENCY = LatencyModel(24, 4e-3, ComputeModel(((1, 1e-3), (256, 16e-3)), 2e-8, 0, 1e-3, 0))
 BLOCKED_S = 4.0  # longer than the controller waits for a report
 
 
@@ -19,6 +23,35 @@ def broken_by(fault: str, mark: Path) -> str:
 
 
 class Faulty(served.Endless):
+    """It says what room it has, too."""
+
+    def __init__(self, codec) -> None:
+        super().__init__(codec)
+        self._live = 0
+        self._heard: dict[str, int] = {}
+
+    async def generate(self, request):
+        self._live += 1
+        self._heard[request.sender] = request.number
+        try:
+            async for output in super().generate(request):
+                yield output
+        finally:
+            self._live -= 1
+
+    def stats(self):
+        room = Vacancy(
+            levels=levels_of(LATENCY, 2, ((4, 4000), (12, 8000)), 16, 128),
+            max_batch=16,
+            max_step_tokens=128,
+            expected_output=64,
+            tpot_s=0.098,
+            running=self._live,
+            running_tokens=self._live * 96,
+            heard=dict(self._heard),
+        )
+        return EngineStats(measured_at_s=time.time(), running=self._live, vacancy=room)
+
     async def _outputs(self, request):
         said = "".join(self._codec.token_text(token) for token in request.prompt)
         fault, _, mark = said.partition(":")

@@ -1,7 +1,7 @@
 """Two replicas of a model on a real Serve: calls go where they are sent, and outlive a replica."""
 
 import asyncio
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 
 import faulty
@@ -76,7 +76,7 @@ async def routed(replicas: Noted):
     try:
         await soon(knows_both, 60)
         pilot = Pilot("here", MODEL, SLO(0.1, 2.0), cache)
-        yield RoutedBackend(replicas, pilot, stream_timeout_s=60.0)
+        yield RoutedBackend(replicas, pilot, stream_timeout_s=60.0), cache
     finally:
         task.cancel()
 
@@ -150,22 +150,39 @@ async def test_a_call_whose_route_names_nobody_is_answered_all_the_same(replicas
 
 async def test_a_pilot_sends_calls_to_both(replicas):
     both = await names(replicas)
-    async with routed(replicas) as backend:
+    async with routed(replicas) as (backend, _):
         for number in range(20):
             assert is_whole(await answer(backend, prompt=f"session {number}"))
     assert {route.sent_to for route in replicas.routes} == both
     assert all(set(route.prefer) == both for route in replicas.routes)
 
 
+async def test_what_was_sent_is_soon_in_the_reports(replicas):
+    async with routed(replicas) as (backend, cache), AsyncExitStack() as stack:
+        for number in range(6):
+            call = Call(f"long {number}", f"session {number}", max_tokens=900)
+            stream = await stack.enter_async_context(aclosing(backend.generate(call)))
+            assert isinstance(await anext(stream), Accepted)
+
+        async def all_are_reported() -> bool:
+            reports = [each for each in cache.snapshot.replicas.values() if each.model == MODEL]
+            rooms = [each.service.vacancy for each in reports if each.service.vacancy is not None]
+            last = max((room.heard.get("here", 0) for room in rooms), default=0)
+            return last == 6 and sum(room.running for room in rooms) == 6
+
+        await soon(all_are_reported)
+    assert all(route.target == route.prefer[0] for route in replicas.routes)
+
+
 async def test_a_call_outlives_a_replica_that_hangs(replicas, tmp_path):
-    async with routed(replicas) as backend:
+    async with routed(replicas) as (backend, _):
         assert is_whole(await answer(backend, broken_by("block", tmp_path / "mark")))
     first, second = replicas.routes
     assert first.sent_to != second.sent_to
 
 
 async def test_and_one_that_dies(replicas, tmp_path):
-    async with routed(replicas) as backend:
+    async with routed(replicas) as (backend, _):
         assert is_whole(await answer(backend, broken_by("die", tmp_path / "mark")))
     first, second = replicas.routes
     assert second.avoid == (first.target,)
