@@ -15,9 +15,10 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.backend import HandleBackend
 from deployments.control.cache import SnapshotCache
-from deployments.control.messages import ReplicaReport
+from deployments.control.lessee import HostLessee
+from deployments.control.messages import Receipt, ReplicaReport
 from deployments.control.node_budget import NodeBudget
-from deployments.control.policy import HeardPolicy
+from deployments.control.policy import HeardPolicy, has_controller
 from deployments.control.remote import RemoteController
 from deployments.control.reporter import reporter_of_ingress, reporter_of_replica
 from deployments.control.sharing import SharedQuotas
@@ -71,17 +72,33 @@ class ReplicaDeployment(Replica):
         codec, client = await load(model)
         controller, self._budget = RemoteController(), NodeBudget(f"{model.name}, its actor")
         await self._budget.ask(controller)
-        info = await client.start()
+        # A controller lends what goes beyond the floor; it may be away, and come back.
+        lent = await asyncio.to_thread(has_controller)
+        info = await client.start(lent=lent)
+        self._lessee = None
+        if info.ladder is not None:
+            self._lessee = HostLessee.here(
+                model.name, client, info.ladder, info.mirrors_group, model.slo.ttft
+            )
         node = ray.get_runtime_context().get_node_id()
         super().__init__(name, codec, client, info, model.slo.targets(), node=node)
         telemetry.observe(self.report)
         self._telemetry = telemetry
         reporter = reporter_of_replica(
-            lambda sequence: ReplicaReport.of(self.report(), model, sequence),
+            lambda sequence: ReplicaReport.of(
+                self.report(), model, sequence, self._lessee.memory if self._lessee else None
+            ),
             controller,
-            self._budget.hear,
+            self._hear,
         )
-        self._reporting = asyncio.create_task(reporter.run())
+        self._reporting = asyncio.gather(
+            reporter.run(), *([] if self._lessee is None else [self._lessee.run()])
+        )
+
+    async def _hear(self, receipt: Receipt) -> None:
+        if self._lessee is not None:
+            self._lessee.hear(receipt)
+        await self._budget.hear(receipt)
 
     async def drain(self, grace_s: float) -> None:
         """See `Replica.drain`; then the last metrics leave."""

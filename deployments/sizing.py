@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from select_n_core.config import ModelConfig
+from select_n_core.config import DType, ModelConfig
+from select_n_core.models.sizes import recorded_bytes, weights_bytes
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -28,11 +29,35 @@ _USABLE = 0.9
 SMALL_CPUS = 0.1
 
 
+_ELEMENT_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
 def actor_options(model: ModelConfig) -> dict[str, float]:
-    """What one replica of `model` claims from Ray: a CUDA link claims one GPU."""
+    """What one replica of `model` claims from Ray: a CUDA link claims one GPU.
+
+    Its memory is the least that it takes, so that Ray places it on no node that cannot hold it;
+    mirrors beyond that are lent.
+    """
+    claim = {"num_cpus": SMALL_CPUS}
     if model.link.kind == "cuda":
-        return {"num_cpus": 1.0, "num_gpus": 1.0}
-    return {"num_cpus": SMALL_CPUS}
+        claim = {"num_cpus": 1.0, "num_gpus": 1.0}
+    return {**claim, "memory": least_host_bytes(model)}
+
+
+def least_host_bytes(model: ModelConfig) -> int:
+    """Host memory below which no plan serves `model`, as far as this machine knows its weights.
+
+    What of the weights the device has no place for is mirrored, and host KV is pinned from the
+    start; an emulated device is host memory too. The planner's floor is as much or more: the
+    device holds a ring and KV as well.
+    """
+    if model.compute is not None:
+        weights, arena = recorded_bytes(model.compute.record), 0
+    else:
+        weights = weights_bytes(model.source, _ELEMENT_BYTES[model.dtype])
+        arena = model.device_memory if model.link.kind == "emulated" else 0
+    mirrored = max(0, (weights or 0) - model.device_memory)
+    return min(mirrored, model.host_memory - model.host_kv) + model.host_kv + arena
 
 
 def replica_memory_bytes(model: ModelConfig) -> int:

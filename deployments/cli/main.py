@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from deployments.cli import options
-from deployments.cli.output import BAD_INPUT, emit, run
+from deployments.cli.output import BAD_INPUT, FAILED, emit, run
 from select_n_core.config import HTTPOptions
 
 commands = typer.Typer(
@@ -162,6 +162,18 @@ def status_command(
         emit(fetch(url, api_key), [], as_json=True)
     else:
         watch(url, api_key)
+
+
+@commands.command("audit")
+def audit_command(as_json: AsJson = False) -> None:
+    """Compare the host memory reserved on this machine with what the kernel maps; exit code 1
+    where they differ."""
+    from deployments.cli.audit import audit_lines, audit_machine
+
+    document = audit_machine()
+    emit(document, audit_lines(document), as_json=as_json)
+    if not document["agrees"]:
+        raise SystemExit(FAILED)
 
 
 @commands.command("generate")

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -43,7 +43,7 @@ def fetch(url: str, api_key: str | None = None) -> dict[str, Any]:
             "--url",
             field="url",
         ) from error
-    if not isinstance(document, dict) or not {"nodes", "replicas"} <= document.keys():
+    if not isinstance(document, dict) or not {"nodes", "domains", "replicas"} <= document.keys():
         raise InputError(f"url: what answers at {url} is no select-n", field="url")
     return document
 
@@ -73,7 +73,10 @@ def watch(url: str, api_key: str | None) -> None:
 
 def tables(document: dict[str, Any]) -> Group:
     """The document of `/cluster` for people."""
-    return Group(_headline(document), _nodes(document), _replicas(document))
+    shown: list[RenderableType] = [_headline(document), _nodes(document)]
+    if document["domains"]:
+        shown.append(_domains(document))
+    return Group(*shown, _replicas(document))
 
 
 def _headline(document: dict[str, Any]) -> str:
@@ -99,9 +102,34 @@ def _nodes(document: dict[str, Any]) -> Table:
     return table
 
 
+def _domains(document: dict[str, Any]) -> Table:
+    """Host memory under each limit, and who holds it; what is late is red."""
+    table = _table(
+        "host memory", "of", "free", "holder", "sharing", "class", "floor", "held", "granted",
+        "revoked", "wanted",
+    )  # fmt: skip
+    for domain in document["domains"]:
+        where = ", ".join(map(_short, domain["nodes"]))
+        first = [where, _size(domain["capacity_bytes"]), _size(domain["free_bytes"])]
+        for each in domain["holders"]:
+            table.add_row(
+                *first,
+                each["name"],
+                str(len(each["replicas"])),
+                "-" if each["priority"] is None else str(each["priority"]),
+                _size(each["floor_bytes"]),
+                _size(each["held_bytes"]),
+                _size(each["granted_bytes"]),
+                Text(_size(each["revoked_bytes"]), style="red" if each["is_late"] else ""),
+                _size(each["wanted_bytes"]),
+            )
+            first = ["", "", ""]
+    return table
+
+
 def _replicas(document: dict[str, Any]) -> Table:
     table = _table(
-        "model", "replica", "node", "N", "k", "m", "leased", "GB/s", "run+wait", "KV free",
+        "model", "replica", "node", "N", "k", "m", "leased", "held", "GB/s", "run+wait", "KV free",
         "TTFT ms", "TPOT ms", "in", "returned", "age ms",
     )  # fmt: skip
     for each in document["replicas"]:
@@ -113,6 +141,7 @@ def _replicas(document: dict[str, Any]) -> Table:
             f"{each['k']} of {each['k_min']}-{each['k_most']}",
             str(each["mirrored"]),
             _size(each["lease_bytes"]),
+            _size(each["mirrored_bytes"]),
             f"{each['link_bytes_per_s'] / 1e9:.3g}",
             f"{each['running']}+{each['waiting']}",
             f"{each['kv_free_tokens'] / max(1, each['kv_tokens']):.0%}",

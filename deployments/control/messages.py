@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from deployments import calls
+from deployments.control.memory import DomainFacts, Lent, ReplicaMemory
 from deployments.control.service import UNKNOWN, ServiceReport
 from select_n_core.config import ModelConfig
 from select_n_core.live import LivePolicy
@@ -34,6 +35,7 @@ class ReplicaReport:
         tpot_headroom, ttft_headroom: 1 - p95 / target over the last seconds; None while nothing
             finished in them.
         service: what it can still give.
+        memory: its part in the lending of host memory; None while it takes none.
     """
 
     replica: str
@@ -62,9 +64,16 @@ class ReplicaReport:
     tpot_headroom: float | None
     ttft_headroom: float | None
     service: ServiceReport = UNKNOWN
+    memory: ReplicaMemory | None = None
 
     @classmethod
-    def of(cls, report: calls.Report, model: ModelConfig, sequence: int = 0) -> ReplicaReport:
+    def of(
+        cls,
+        report: calls.Report,
+        model: ModelConfig,
+        sequence: int = 0,
+        memory: ReplicaMemory | None = None,
+    ) -> ReplicaReport:
         """What the cluster needs of a replica's own report."""
         info, stats = report.info, report.stats
         return cls(
@@ -94,6 +103,7 @@ class ReplicaReport:
             tpot_headroom=stats.tpot_headroom,
             ttft_headroom=stats.ttft_headroom,
             service=ServiceReport.of(report),
+            memory=memory,
         )
 
     @property
@@ -127,6 +137,7 @@ class ReplicaReport:
             self.lease_bytes,
             self.admitted,
             sum(self.returned.values()),
+            None if self.memory is None else self.memory.decided,
         )
 
 
@@ -175,11 +186,13 @@ class Receipt:
         refused: the senders whose report was older than the one known; all of a batch that knows of
             a later controller.
         host_memory: that engines may pin on each node together, bytes; None is what it has.
+        lent: to the replicas of the batch.
     """
 
     epoch: int
     refused: tuple[str, ...] = ()
     host_memory: int | None = None
+    lent: tuple[Lent, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +212,7 @@ class Changes:
         settled: everybody who lives has had the time to report to this controller: who is not among
             whole changes is gone.
         policy: None where it has not changed, or where there never was one; `policy_version` tells.
+        memory: every domain's host memory, changed or not.
     """
 
     epoch: int
@@ -209,6 +223,7 @@ class Changes:
     policy: LivePolicy | None = None
     reports: tuple[Report, ...] = ()
     gone: tuple[str, ...] = ()
+    memory: tuple[DomainFacts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +235,7 @@ class Snapshot:
         version: within the epoch.
         policy_version: within the epoch; 0 while there is no policy.
         replicas, ingresses: the last report of every live one, by its name.
+        memory: every domain's host memory, as it is lent.
     """
 
     epoch: int
@@ -228,6 +244,7 @@ class Snapshot:
     policy: LivePolicy | None = None
     replicas: Mapping[str, ReplicaReport] = field(default_factory=dict)
     ingresses: Mapping[str, IngressReport] = field(default_factory=dict)
+    memory: tuple[DomainFacts, ...] = ()
 
     @property
     def known(self) -> Known:
@@ -250,6 +267,7 @@ class Snapshot:
             policy,
             _updated(kept.replicas, ReplicaReport, changes),
             _updated(kept.ingresses, IngressReport, changes),
+            changes.memory,
         )
 
 

@@ -33,12 +33,12 @@ class HeardPolicy:
 
     async def find_out(self) -> None:
         """Let everybody in if no controller belongs to the cluster; one that comes later counts."""
-        if not await asyncio.to_thread(_has_controller):
+        if not await asyncio.to_thread(has_controller):
             self._last = LivePolicy()
 
 
-def _has_controller() -> bool:
-    """Whether Serve was told to run one, whatever became of it."""
+def has_controller() -> bool:
+    """Whether Serve was told to run one, whatever became of it; it blocks for a moment."""
     from ray import serve
 
     return CONTROL_APPLICATION in serve.status().applications

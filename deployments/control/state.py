@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from deployments.control.lending import Lending
 from deployments.control.messages import (
     Changes,
     Known,
     Receipt,
+    ReplicaReport,
     Report,
     ReportBatch,
     Snapshot,
@@ -62,6 +64,7 @@ class ClusterState:
         self._policy_version = 0
         self._policy_at = 0
         self._succeeded_by = 0
+        self._lending = Lending(epoch, clock)
 
     @property
     def version(self) -> int:
@@ -81,6 +84,7 @@ class ClusterState:
         self._policy_version += 1
         self._version += 1
         self._policy_at = self._version
+        self._lending.set_budget(policy.budgets.host_memory)
 
     def hear_of(self, epoch: int) -> None:
         """Somebody knows of the controller of that epoch."""
@@ -97,7 +101,9 @@ class ClusterState:
             return Receipt(self.epoch, tuple(each.name for each in batch.reports))
         refused = tuple(each.name for each in batch.reports if not self._note(each))
         budget = None if self._policy is None else self._policy.budgets.host_memory
-        return Receipt(self.epoch, refused, budget)
+        lent = [self._lending.lent(each.name) for each in batch.reports]
+        told = tuple(each for each in lent if each is not None)
+        return Receipt(self.epoch, refused, budget, told)
 
     def _note(self, report: Report) -> bool:
         name = report.name
@@ -110,6 +116,8 @@ class ClusterState:
         self._gone.pop(name, None)
         self._version += 1
         self._live[name] = _Live(report, self._clock(), self._version)
+        if isinstance(report, ReplicaReport) and report.memory is not None:
+            self._lending.heard(name, report.model, report.node, report.mirrored, report.memory)
         return True
 
     def expire(self) -> None:
@@ -123,6 +131,7 @@ class ClusterState:
         for name in [name for name, live in self._live.items() if live.heard_s < dead_s]:
             self._version += 1
             self._gone[name] = _Gone(self._live.pop(name).report.sequence, self._version)
+            self._lending.gone(name)
         while len(self._gone) > _MOST_GONE:
             oldest = next(iter(self._gone))
             self._forgotten = self._gone.pop(oldest).version
@@ -146,6 +155,7 @@ class ClusterState:
             gone=()
             if whole
             else tuple(name for name, gone in self._gone.items() if gone.version > since),
+            memory=self._lending.facts(),
         )
 
     def snapshot(self) -> Snapshot:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
+from deployments.control.memory import DomainFacts
 from deployments.control.messages import ReplicaReport, Report, Snapshot
 
 
@@ -34,6 +36,7 @@ def cluster_document(snapshot: Snapshot, *, age_s: float | None, now_s: float) -
             _node(node, [each for each in replicas if each.node == node], budget)
             for node in sorted({each.node for each in replicas})
         ],
+        "domains": [_domain(each) for each in snapshot.memory],
         "replicas": [_replica(each, now_s) for each in replicas],
         "ingresses": [
             {"ingress": each.ingress, "feedback_age_s": _age_s(each, now_s)}
@@ -50,6 +53,12 @@ def _node(node: str, replicas: list[ReplicaReport], budget: int | None) -> dict[
         "lease_bytes": sum(each.lease_bytes for each in replicas),
         "mirrored_bytes": _shared_bytes(replicas),
     }
+
+
+def _domain(facts: DomainFacts) -> dict[str, Any]:
+    """Who holds the host memory under one limit: a control group's or a node's."""
+    late = sum(each.is_late for each in facts.holders)
+    return asdict(facts) | {"late_revocations": late}
 
 
 def _shared_bytes(replicas: Iterable[ReplicaReport]) -> int:
@@ -74,6 +83,7 @@ def _replica(report: ReplicaReport, now_s: float) -> dict[str, Any]:
         "mirrored": report.mirrored,
         "mirrored_bytes": report.mirrored_bytes,
         "lease_bytes": report.lease_bytes,
+        "reserved_bytes": None if report.memory is None else report.memory.reserved_bytes,
         "link_kind": report.link_kind,
         "link_bytes_per_s": report.link_bytes_per_s,
         "running": report.running,

@@ -24,8 +24,8 @@ class Rules:
     Attributes:
         ttl_s: a grant that was not taken is void after so long.
         deadline_s: in which revoked bytes are to be given back.
-        dwell_s: a holder whose loan has just moved keeps it for so long, but against a higher
-            class and against floors.
+        dwell_s: a holder whose loan has just moved keeps what it gains by for so long, but against
+            a higher class and against floors.
         hysteresis: see `loans.share_out`.
     """
 
@@ -42,6 +42,8 @@ class Account:
     Attributes:
         heard_s: of its last report. moved_s: when its loan last moved.
         order: that it has not answered. number, ordered_s: of the last one.
+        granted_bytes: that it may hold by a grant that it has not answered; 0 without one. It may
+            hold them already.
     """
 
     report: Report
@@ -50,6 +52,7 @@ class Account:
     moved_s: float = -math.inf
     order: Order | None = None
     ordered_s: float = -math.inf
+    granted_bytes: int = 0
 
     @property
     def holder(self) -> Holder:
@@ -58,9 +61,9 @@ class Account:
 
     @property
     def committed_bytes(self) -> int:
-        """Its floor, or what it holds, and what a grant still lets it pin."""
-        granted = 0 if self.order is None else max(0, self.order.nbytes)
-        return max(self.holder.floor_bytes, self.holder.held_bytes) + granted
+        """Its floor, or what it holds, or what a grant still lets it hold."""
+        granted_bytes = 0 if self.order is None else self.granted_bytes
+        return max(self.holder.floor_bytes, self.holder.held_bytes, granted_bytes)
 
     @property
     def revoked_bytes(self) -> int:
@@ -203,9 +206,11 @@ class Book:
                 if need <= 0:
                     break
                 current = book.accounts[account.holder.id]
-                resting = now_s - current.moved_s < self.rules.dwell_s
-                if current.order is not None or (resting and priority <= current.holder.priority):
+                if current.order is not None:
                     continue
+                resting = now_s - current.moved_s < self.rules.dwell_s
+                if resting and priority <= current.holder.priority:
+                    rungs = max(rungs, current.holder.wanted)
                 nbytes, kept = _to_give_back(current.holder, rungs, need)
                 if nbytes > 0:
                     need -= nbytes
@@ -245,7 +250,17 @@ class Book:
             within_s=rules.deadline_s,
             valid_until_s=account.report.sent_s + rules.ttl_s,
         )
-        return self._with(replace(account, number=order.number, order=order, ordered_s=now_s))
+        holder = account.holder
+        granted_bytes = max(holder.floor_bytes, holder.held_bytes) + nbytes if nbytes > 0 else 0
+        return self._with(
+            replace(
+                account,
+                number=order.number,
+                order=order,
+                ordered_s=now_s,
+                granted_bytes=granted_bytes,
+            )
+        )
 
 
 def _is_answered(order: Order, report: Report) -> bool:

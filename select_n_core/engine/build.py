@@ -7,18 +7,20 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from select_n_core.config import ModelConfig
 from select_n_core.decisions.candidate import decode_shape
-from select_n_core.decisions.plan import capacity_tokens
+from select_n_core.decisions.lease import Ladder
+from select_n_core.decisions.plan import Plan, capacity_tokens
 from select_n_core.engine.engine import Engine
 from select_n_core.engine.messages import EngineInfo
 from select_n_core.engine.online import OnlineModel
 from select_n_core.engine.planning import Prepared, prepare
-from select_n_core.engine.reserving import reserve_room
+from select_n_core.engine.reserving import host_kv_bytes_of, reserve_room
 from select_n_core.engine.residence import Swapping
 from select_n_core.engine.scheduler import Limits, Scheduler, Turning
 from select_n_core.kv.swap import HostBlocks
@@ -51,6 +53,8 @@ def build_engine(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
     domain: Domain | None = None,
+    *,
+    lent: bool = False,
 ) -> tuple[Engine, EngineInfo]:
     """Build the engine of one replica; see `prepare` and `reserve_room` for what it raises.
 
@@ -58,17 +62,18 @@ def build_engine(
 
     Args:
         domain: whose host memory it takes; None is this process's own.
+        lent: mirrors beyond the floor are not taken but waited for: see `HostLease.offer`.
     """
     timeline = None if config.compute is None else Timeline()
     with ExitStack() as undo:  # a build that fails gives everything back
         link, device = open_link(config.link, timeline)
         undo.callback(link.close)
         prepared = prepare(config, progress)
-        whole_lease_bytes = prepared.plan.host_bytes
-        reservation = Reservation(domain or find_domain(), config.name)
+        whole, group = prepared.plan, _weights_key(prepared, device)
+        reservation = Reservation(domain or find_domain(), config.name, group=group)
         undo.callback(reservation.close)
-        maps = UnitMaps(SharedMaps(reservation=reservation), _weights_key(prepared, device))
-        prepared = reserve_room(prepared, maps, reservation, _MEMORY_DEADLINE_S)
+        maps = UnitMaps(SharedMaps(reservation=reservation), group)
+        prepared = reserve_room(prepared, maps, reservation, _MEMORY_DEADLINE_S, lent=lent)
         plan = prepared.plan
         if timeline is None:  # paced memory is never touched
             _wait_for_memory(config, device, reservation.aside_bytes)
@@ -90,7 +95,9 @@ def build_engine(
         executor = _placed(prepared, placement, link, device, maps, timeline)
         undo.callback(executor.close)
         executor.model.release_source()
-        scheduler = _scheduler(prepared, executor, host_blocks, clock)
+        # What is lent later lets requests in that the floor has no room for.
+        most_tokens = capacity_tokens(whole if lent else plan, prepared.inputs)
+        scheduler = _scheduler(prepared, executor, host_blocks, clock, most_tokens)
         eos = () if prepared.directory is None else eos_token_ids(prepared.directory)
         promised = config.slo.targets()
         lifetime_s = config.workload.output_tokens * promised.tpot_s
@@ -117,9 +124,13 @@ def build_engine(
             host_blocks,
             online,
             reservation=reservation,
-            whole_lease_bytes=whole_lease_bytes,
+            whole_lease_bytes=0 if lent else whole.host_bytes,
         )
-        info = _info(prepared, engine, eos)
+        info = replace(
+            _info(prepared, engine, eos, most_tokens),
+            ladder=_ladder(prepared, whole),
+            mirrors_group=group,
+        )
         undo.pop_all()  # it is the engine's now
     return engine, info
 
@@ -187,6 +198,7 @@ def _scheduler(
     executor: Executor,
     host_blocks: HostBlocks,
     clock: Callable[[], float],
+    most_tokens: int,
 ) -> Scheduler:
     config, plan, record = prepared.config, prepared.plan, prepared.record
     return Scheduler(
@@ -194,7 +206,7 @@ def _scheduler(
             max_batch=plan.max_running,
             max_step_tokens=config.max_step_tokens,
             max_queue=config.max_queue,
-            max_tokens=capacity_tokens(plan, prepared.inputs),
+            max_tokens=most_tokens,
             vocab_size=executor.model.vocab_size if config.compute is None else ANY_TOKEN,
             expected_output=config.workload.output_tokens,
         ),
@@ -217,12 +229,19 @@ def _scheduler(
     )
 
 
+def _ladder(prepared: Prepared, whole: Plan) -> Ladder:
+    """Of the plan with all the host memory that the model may have."""
+    workload = prepared.config.workload
+    tokens = workload.prompt_tokens + workload.output_tokens
+    return Ladder.of(whole, tokens, host_kv_bytes_of(prepared))
+
+
 def _resident_threads(prepared: Prepared) -> int | None:
     resident = prepared.record.resident
     return None if resident is None else resident.threads
 
 
-def _info(prepared: Prepared, engine: Engine, eos: tuple[int, ...]) -> EngineInfo:
+def _info(prepared: Prepared, engine: Engine, eos: tuple[int, ...], most_tokens: int) -> EngineInfo:
     plan, inputs, executor = prepared.plan, prepared.inputs, engine.executor
     one = decode_shape(1, inputs.prompt_tokens, inputs.output_tokens)
     return EngineInfo(
@@ -232,7 +251,7 @@ def _info(prepared: Prepared, engine: Engine, eos: tuple[int, ...]) -> EngineInf
         k_min=plan.k_min,
         interval=plan.interval,
         max_batch=plan.max_running,
-        max_tokens=capacity_tokens(plan, inputs),
+        max_tokens=most_tokens,
         device_bytes=executor.arena.nbytes,
         host_bytes=executor.host_bytes + engine.host_kv_bytes,
         kv_tokens=plan.kv_tokens,

@@ -13,6 +13,7 @@ import threading
 from multiprocessing.connection import Connection
 
 from select_n_core.engine.loop import run_engine
+from select_n_core.engine.messages import Start
 
 
 def _follow_the_client() -> None:
@@ -27,10 +28,10 @@ def main() -> None:
     threading.Thread(target=_follow_the_client, name="lifeline", daemon=True).start()
     connection = Connection(int(sys.argv[1]))
     try:
-        config = connection.recv()
+        start: Start = connection.recv()
     except EOFError:
         return  # closed before it was told what to be
-    run_engine(config, connection)
+    run_engine(start, connection)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from select_n_core.engine.messages import (
     Output,
     Request,
     Revocation,
+    Start,
     StepReport,
     Turned,
 )
@@ -46,8 +48,13 @@ class EngineClient(Protocol):
     reason, also when the engine dies. Closing the iterator early cancels the request.
     """
 
-    async def start(self) -> EngineInfo:
-        """Start the engine and wait until it can serve; raises what its loading raised."""
+    async def start(self, *, lent: bool = False) -> EngineInfo:
+        """Start the engine and wait until it can serve; raises what its loading raised.
+
+        Args:
+            lent: it takes the host memory that it cannot serve without, and more when it is
+                offered; else it takes all that its configuration and the domain allow.
+        """
         ...
 
     def generate(self, request: Request) -> AsyncIterator[Output]:
@@ -71,13 +78,17 @@ class EngineClient(Protocol):
         """The last turns of k, each with its cause."""
         ...
 
-    async def offer(self, nbytes: int) -> None:
+    async def offer(self, nbytes: int, valid_until_s: float = math.inf) -> None:
         """Let the engine's mirrors take `nbytes` of host memory more; returns once it has them.
 
         They are kept for the engine then, and mirrors are written one after another.
 
+        Args:
+            valid_until_s: by the machine's monotonic clock.
+
         Raises:
-            HostMemoryError: the domain has no room; the lease is what it was.
+            HostMemoryError: the domain has no room, or the engine read it too late; the lease is
+                what it was.
             EngineError: the engine is not running.
         """
         ...
@@ -105,6 +116,7 @@ class _ConnectedClient:
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
+        self._start = Start(config)
         self._connection: Connection | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: asyncio.Future[EngineInfo] | None = None
@@ -126,8 +138,9 @@ class _ConnectedClient:
         """Wait briefly for the engine to be gone and say how it went."""
         raise NotImplementedError
 
-    async def start(self) -> EngineInfo:
+    async def start(self, *, lent: bool = False) -> EngineInfo:
         """See `EngineClient.start`."""
+        self._start = Start(self._config, lent)
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.create_future()
         self._dead, self._heard_s = None, time.monotonic()
@@ -171,9 +184,9 @@ class _ConnectedClient:
         """See `EngineClient.turns`."""
         return tuple(self._turns)
 
-    async def offer(self, nbytes: int) -> None:
+    async def offer(self, nbytes: int, valid_until_s: float = math.inf) -> None:
         """See `EngineClient.offer`."""
-        offer = Offer(str(next(self._lease_ids)), nbytes)
+        offer = Offer(str(next(self._lease_ids)), nbytes, valid_until_s)
         await self._answered(offer.id, Commands(offer=(offer,)))
 
     async def revoke(self, nbytes: int, deadline_s: float) -> None:
@@ -319,7 +332,7 @@ class ProcessClient(_ConnectedClient):
             self.spawn()
         connection, self._spawned = self._spawned, None
         assert connection is not None
-        connection.send(self._config)
+        connection.send(self._start)
         return connection
 
     @property
@@ -351,7 +364,7 @@ class InlineClient(_ConnectedClient):
 
         def run() -> None:
             try:
-                run_engine(self._config, theirs)
+                run_engine(self._start, theirs)
             finally:
                 theirs.close()
 

@@ -89,6 +89,7 @@ class Engine:
             whole_lease_bytes,
         )
         self._turns: Counter[Cause] = Counter()
+        self._offered_tokens: Counter[int] = Counter()
         self._turned: list[Turned] = []
         self._headroom = HeadroomWindow(scheduler.slo)
         self._vacancy = VacancyMeter(scheduler)
@@ -111,6 +112,9 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request; its first output is the verdict: it is let in, or its error."""
         self._vacancy.hear(request)
+        typical = self.scheduler.limits.expected_output
+        answer = min(request.sampling.max_tokens, typical)
+        self._offered_tokens[request.priority] += len(request.prompt) + answer
         try:
             self.scheduler.add(request)
             try:
@@ -229,6 +233,7 @@ class Engine:
             admitted=scheduler.admitted,
             returned={str(reason): count for reason, count in scheduler.returned.items()},
             vacancy=self._vacancy.read(now_s),
+            offered_tokens=dict(self._offered_tokens),
         )
 
     def _predict(self) -> None:

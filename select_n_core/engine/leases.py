@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,15 +69,17 @@ class HostLease:
         executor = self._executor
         return executor.m == executor.cap and not self._pending and not self._answers
 
-    def offer(self, offer_id: str, nbytes: int) -> None:
+    def offer(self, offer_id: str, nbytes: int, valid_until_s: float = math.inf) -> None:
         """Let mirrors take `nbytes` more; they are written one after another.
 
         The answer comes with `tend`: room is kept for all of it, or the error that says who has
-        it, and the lease is what it was.
+        it or that it came too late, and the lease is what it was.
         """
         self._whole_bytes = 0
         error: SelectNError | None = None
         try:
+            if time.monotonic() >= valid_until_s:
+                raise HostMemoryError(f"an offer of {nbytes} bytes came too late to be taken")
             self._executor.lease(self._executor.lease_bytes + nbytes)
         except SelectNError as refused:
             error = refused

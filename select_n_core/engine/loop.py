@@ -7,10 +7,9 @@ import logging
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from select_n_core.config import ModelConfig
 from select_n_core.engine.build import build_engine
 from select_n_core.engine.engine import Engine
-from select_n_core.engine.messages import Commands, EngineInfo
+from select_n_core.engine.messages import Commands, EngineInfo, Start
 from select_n_core.errors import EngineError, SelectNError
 
 _log = logging.getLogger(__name__)
@@ -41,18 +40,20 @@ class Failed:
     error: Exception
 
 
-def run_engine(config: ModelConfig, connection: Connection) -> None:
+def run_engine(start: Start, connection: Connection) -> None:
     """Build the engine and serve `connection` until it is told to stop or the other end is gone."""
     try:
-        _run(config, connection)
+        _run(start, connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the client is gone; nobody is left to answer
 
 
-def _run(config: ModelConfig, connection: Connection) -> None:
+def _run(start: Start, connection: Connection) -> None:
     try:
         engine, info = build_engine(
-            config, lambda what, share: connection.send(Progressed(what, share))
+            start.config,
+            lambda what, share: connection.send(Progressed(what, share)),
+            lent=start.lent,
         )
     except (BrokenPipeError, ConnectionResetError):
         raise
@@ -60,7 +61,7 @@ def _run(config: ModelConfig, connection: Connection) -> None:
         connection.send(Failed(error))
         return
     except Exception as error:  # of a library: it may not survive the way to another process
-        _log.error("the engine of model %s did not start", config.name, exc_info=error)
+        _log.error("the engine of model %s did not start", start.config.name, exc_info=error)
         connection.send(Failed(EngineError(f"{type(error).__name__}: {error}")))
         return
     try:
@@ -86,7 +87,7 @@ def _serve(engine: Engine, connection: Connection) -> None:
             for request_id in commands.cancel:
                 engine.cancel(request_id)
             for offer in commands.offer:
-                engine.lease.offer(offer.id, offer.nbytes)
+                engine.lease.offer(offer.id, offer.nbytes, offer.valid_until_s)
             for revocation in commands.revoke:
                 engine.lease.revoke(revocation.id, revocation.nbytes, revocation.deadline_s)
             if commands.stop:

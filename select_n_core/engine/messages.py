@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from select_n_core.config import ModelConfig
+from select_n_core.decisions.lease import Ladder
 from select_n_core.decisions.vacancy import Vacancy
 from select_n_core.errors import InputError, SelectNError
 
@@ -165,6 +167,8 @@ class EngineStats:
             nowhere, to be computed again.
         admitted: requests let in since start. returned: those that were not, by reason.
         vacancy: the room that is left; None before the engine said anything.
+        offered_tokens: prompts and typical answers of all requests that came since start, by
+            priority.
     """
 
     measured_at_s: float = 0.0
@@ -193,14 +197,32 @@ class EngineStats:
     admitted: int = 0
     returned: Mapping[str, int] = field(default_factory=dict)
     vacancy: Vacancy | None = None
+    offered_tokens: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """To the engine's own process, first: what it is to be.
+
+    Attributes:
+        lent: it starts with the mirrors that it cannot serve without; others are offered to it.
+    """
+
+    config: ModelConfig
+    lent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Host bytes that mirrors may take beyond the lease so far."""
+    """Host bytes that mirrors may take beyond the lease so far.
+
+    Attributes:
+        valid_until_s: by the machine's monotonic clock; it is refused from then on.
+    """
 
     id: str
     nbytes: int
+    valid_until_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +252,8 @@ class EngineInfo:
         max_tokens: the most prompt plus output tokens one request may have.
         device_bytes: the arena, exactly. host_bytes: mirrors and host KV blocks, exactly.
         compute_kind: `real`, or `paced`: held to a record's times.
+        ladder: what more or fewer mirrors take and are worth; None where nobody planned any.
+        mirrors_group: of those in its domain who may share this engine's mirrors.
     """
 
     plan_line: str
@@ -248,6 +272,8 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...] = ()
     compute_kind: str = "real"
     k_min: int = 0
+    ladder: Ladder | None = None
+    mirrors_group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from select_n_core.decisions.lease import floor_bytes, paged, with_mirrors
+from select_n_core.decisions.lease import Ladder, paged, with_mirrors
 from select_n_core.decisions.order import offload_order
 from select_n_core.engine.planning import Prepared
 from select_n_core.errors import HostMemoryError
@@ -17,12 +17,17 @@ _log = logging.getLogger(__name__)
 
 
 def reserve_room(
-    prepared: Prepared, maps: UnitMaps, reservation: Reservation, deadline_s: float
+    prepared: Prepared,
+    maps: UnitMaps,
+    reservation: Reservation,
+    deadline_s: float,
+    *,
+    lent: bool = False,
 ) -> Prepared:
     """Keep host memory for what the engine starts with; what it is like with what it got.
 
     The floor must fit, and is waited for: a predecessor may be about to give it back. Mirrors
-    beyond it are taken in pi's order as far as there is room.
+    beyond it are taken in pi's order as far as there is room; none, where they are to be `lent`.
 
     Raises:
         HostMemoryError: there was no room for the floor within `deadline_s`, and who holds it.
@@ -34,11 +39,12 @@ def reserve_room(
     def missing(units: Sequence[int]) -> int:
         return paged(host_kv_bytes) + maps.missing_bytes({u: unit_bytes[u] for u in units})
 
-    reservation.set_floor(floor_bytes(plan, host_kv_bytes))
+    reservation.set_floor(Ladder.of(plan, host_kv_bytes=host_kv_bytes).floor_bytes)
     reservation.wait_aside(lambda: missing(order[: plan.k_min]), deadline_s)
     count = plan.k_min
+    most = count if lent else plan.mirrors
     try:
-        while count < plan.mirrors:
+        while count < most:
             reservation.set_aside(missing(order[: count + 1]))
             count += 1
     except HostMemoryError as error:

@@ -36,6 +36,7 @@ class Holder(_Written):
 
     Attributes:
         place: the byte that it has locked. pid: as its own namespace numbers it.
+        group: of those who may share its pins; empty is nobody.
         floor_bytes: that it cannot serve without.
         aside_bytes: kept for it, and not pinned yet.
         waiting_bytes: that it waits for; nothing is kept for it yet.
@@ -45,6 +46,7 @@ class Holder(_Written):
     place: int
     name: str
     pid: int
+    group: str = ""
     floor_bytes: NonNegativeInt = 0
     aside_bytes: NonNegativeInt = 0
     waiting_bytes: NonNegativeInt = 0
@@ -54,6 +56,11 @@ class Holder(_Written):
     def held_bytes(self) -> int:
         """All that it pinned, shared or not, and what is kept for it."""
         return self.aside_bytes + sum(pin.nbytes for pin in self.pins.values())
+
+    @property
+    def group_id(self) -> str:
+        """Of its group, or of its own."""
+        return self.group or f"place {self.place}"
 
 
 class Ledger(_Written):
@@ -87,6 +94,19 @@ class Ledger(_Written):
     def free_bytes(self) -> int:
         """What could be pinned now."""
         return max(0, self.limit_bytes - self.used_bytes)
+
+    def held_bytes_by_group(self) -> dict[str, int]:
+        """What every group holds, each file once; whoever has no group is one of their own.
+
+        As files are shared within groups alone, they add up to `used_bytes`.
+        """
+        groups: dict[str, list[Holder]] = {}
+        for each in self.holders:
+            groups.setdefault(each.group_id, []).append(each)
+        return {
+            group: self.model_copy(update={"holders": tuple(members)}).used_bytes
+            for group, members in groups.items()
+        }
 
     def has(self, file: str) -> bool:
         """Whether somebody pinned that file."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from select_n_core.memory.ledger import Holder, Ledger
 from select_n_core.memory.locks import is_taken, take_place
 from select_n_core.memory.room import private_directory
 
+_PREFIX = "host-1-"  # 1 is the version of the form
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +34,7 @@ class LedgerFile:
 
     def __init__(self, domain: Domain, directory: Path, patience_s: float) -> None:
         self._directory = private_directory(directory)
-        self._path = directory / f"host-1-{domain.id}.json"  # 1 is the version of its form
+        self._path = directory / f"{_PREFIX}{domain.id}.json"
         self._places = self._path.with_suffix(".places")
         self._capacity_bytes = domain.capacity_bytes
         self._patience_s = patience_s
@@ -84,6 +86,14 @@ class LedgerFile:
         """Whether there is a ledger."""
         return self._path.exists()
 
+    def written(self) -> object:
+        """Differs whenever somebody wrote; None while there is no ledger."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
     def open_places(self) -> int:
         """The file of places, opened: what is locked through it is held until it is closed."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -117,16 +127,75 @@ class LedgerFile:
         )
 
 
+class LedgerReader:
+    """Reads a domain's ledger again and again; cheap while nobody writes. Not for several threads.
+
+    Args:
+        directory: see `LedgerFile`.
+        recheck_s: a holder that died is noticed so late where nobody wrote meanwhile.
+
+    Raises:
+        HostMemoryError: see `LedgerFile`.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        directory: Path,
+        *,
+        patience_s: float = 10.0,
+        recheck_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._files = LedgerFile(domain, directory, patience_s)
+        self._recheck_s = recheck_s
+        self._clock = clock
+        self._read: tuple[object, float, Ledger] | None = None
+
+    def read(self) -> Ledger:
+        """The domain as it stands, its living holders only; nothing is written.
+
+        Raises:
+            HostMemoryError: see `LedgerFile.locked`.
+        """
+        now_s, written = self._clock(), self._files.written()
+        if self._read is not None:
+            before, read_s, ledger = self._read
+            if written == before and now_s - read_s < self._recheck_s:
+                return ledger
+        with self._files.locked():
+            written, fd = self._files.written(), self._files.open_places()
+            try:
+                ledger = self._files.living(self._files.read(), fd)
+            finally:
+                os.close(fd)
+        self._read = (written, now_s, ledger)
+        return ledger
+
+
 def read_ledger(domain: Domain, directory: Path, patience_s: float = 10.0) -> Ledger:
     """The domain as it stands, its living holders only; nothing is written.
 
     Raises:
         HostMemoryError: see `LedgerFile`.
     """
-    files = LedgerFile(domain, directory, patience_s)
-    with files.locked():
-        fd = files.open_places()
+    return LedgerReader(domain, directory, patience_s=patience_s).read()
+
+
+def domains_at(directory: Path) -> tuple[Domain, ...]:
+    """The domains of this boot that have a ledger in a folder, with the capacity written there.
+
+    Raises:
+        HostMemoryError: one is damaged.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    found = []
+    for path in sorted(directory.glob(f"{_PREFIX}{boot}-*.json")):
         try:
-            return files.living(files.read(), fd)
-        finally:
-            os.close(fd)
+            capacity_bytes = Ledger.model_validate_json(path.read_bytes()).capacity_bytes
+        except ValidationError as error:
+            raise HostMemoryError(
+                f"{path} is damaged; whoever reserves next writes it anew, so try again later"
+            ) from error
+        found.append(Domain(path.stem.removeprefix(_PREFIX), capacity_bytes, capacity_bytes))
+    return tuple(found)

@@ -53,7 +53,8 @@ class Reservation:
     """One holder's reservation in its domain. Threads may use it.
 
     Args:
-        name: of the holder, for people and controllers.
+        name: of the holder, for people.
+        group: of those who may share its pins, for controllers; empty is nobody.
         directory: of the domain's files, private to the user; None is `runtime_directory()`.
         patience_s: for another process that has the ledger.
 
@@ -66,12 +67,13 @@ class Reservation:
         domain: Domain,
         name: str,
         *,
+        group: str = "",
         directory: Path | None = None,
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self.domain = domain
         self._files = LedgerFile(domain, directory or runtime_directory(), patience_s)
-        self._own = Holder(place=0, name=name, pid=os.getpid())
+        self._own = Holder(place=0, name=name, pid=os.getpid(), group=group)
         self._fd = -1
         self._busy = threading.Lock()
         self._unpinned: deque[str] = deque()

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from select_n_core.errors import UnsupportedModelError
+from select_n_core.models.sizes import read_header
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_MOST_HEADER_BYTES = 100 << 20  # the format's own limit
 _PIECE_BYTES = 8 << 20  # of what is read beside its destination
 _DTYPES = {
     "BOOL": torch.bool,
@@ -126,17 +126,9 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _entries(path: Path) -> dict[str, _Entry]:
-    """The header: its length in 8 bytes, then JSON; offsets count from behind it."""
+    """What the header says of each tensor; offsets count from behind it."""
     try:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if not 2 <= header_bytes <= _MOST_HEADER_BYTES:
-                raise ValueError(f"a header of {header_bytes} bytes")
-            header = json.loads(file.read(header_bytes))
-            if not isinstance(header, dict):
-                raise ValueError("a header that is no JSON object")
-            begin, end = 8 + header_bytes, os.fstat(file.fileno()).st_size
-        header.pop("__metadata__", None)
+        (header, begin), end = read_header(path), path.stat().st_size
         return {name: _entry(path, begin, end, facts) for name, facts in header.items()}
     except OSError as error:
         raise _unreadable(path, str(error.strerror)) from error

@@ -66,17 +66,21 @@ def materialise(name: str = "smollm2-135m-instruct") -> Path:
         raise ModelNotFoundError(
             f"source: no demo model '{SCHEME}{name}'; known: {known}", field="source"
         )
-    demo = DEMOS[name]
-    models = cache_directory("models")
-    directory = models / f"{name}-{demo.version}-{_CONVERSION}"
+    demo, directory = DEMOS[name], directory_of(name)
     if directory.is_dir():
         return directory
     gguf = _gguf(name, demo)
-    with FileLock(models / f".{directory.name}.lock"):
+    with FileLock(directory.parent / f".{directory.name}.lock"):
         if not directory.is_dir():
             _log.info("converting %s%s into %s (once)", SCHEME, name, directory)
             _write_whole(gguf, directory)
     return directory
+
+
+def directory_of(name: str) -> Path:
+    """Where a demo model lies once it is converted."""
+    version = DEMOS[name].version if name in DEMOS else "unknown"
+    return cache_directory("models") / f"{name}-{version}-{_CONVERSION}"
 
 
 def _gguf(name: str, demo: Demo) -> Path:

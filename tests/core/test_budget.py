@@ -176,6 +176,16 @@ class TestMoves:
         world.round()
         assert world.held() == {"a": 70, "b": 30}
 
+    def test_what_gains_its_holder_nothing_does_not_rest(self):
+        world = World(("a", 10, (1.0,) * 9), ("b", 0, ()))
+        world.settle(3)
+        world.replicas["a"].gains = (1.0,) * 4 + (0.0,) * 5
+        world.replicas["b"].gains = (5.0,) * 9
+        world.settle(3)
+        assert world.held() == {"a": 50, "b": 50}
+        world.settle()
+        assert world.held() == {"a": 10, "b": 90}
+
     def test_a_higher_class_does_not_wait_until_a_loan_has_rested(self):
         world = World(("a", 10, (1.0,) * 9), ("b", 0, ()))
         world.settle(3)
@@ -226,6 +236,15 @@ class TestOrders:
         replica.obey(replace(order, nbytes=30))
         replica.obey(replace(order, nbytes=30))
         assert replica.held == 40
+
+    def test_a_grant_that_was_taken_and_not_answered_yet_counts_once(self):
+        world = self.begun()
+        replica = world.replicas["a"]
+        world.machine.pin("a", 100)
+        world.clock.now_s = 0.1
+        book = world.book.heard(replica.report(), 0.1)
+        assert len(book.orders) == 1
+        assert book.committed_bytes(world.machine.read()) == CAPACITY
 
     def test_a_grant_that_was_not_taken_counts_until_its_holder_can_take_it_no_more(self):
         world = self.begun()

@@ -255,6 +255,14 @@ class TestErrors:
         assert client.stats().lease_bytes == before.lease_bytes
         with pytest.raises(HostMemoryError, match="below the floor"):
             await client.revoke(1 << 30, DEADLINE_S)
+        with pytest.raises(HostMemoryError, match="came too late"):
+            await client.offer(1 << 20, time.monotonic())
+        assert client.stats().lease_bytes == before.lease_bytes
+
+    async def test_what_it_is_asked_for_is_counted(self, client):
+        before = client.stats().offered_tokens.get(0, 0)
+        await collect(client, request("counted", tokens=5, length=9))
+        await until(lambda: client.stats().offered_tokens[0] == before + 9 + 5)
 
     async def test_after_all_that_it_still_serves(self, client):
         assert (await collect(client, request("last")))[-1].finish is FinishReason.LENGTH
@@ -396,7 +404,7 @@ class TestHazards:
     async def test_a_librarys_error_that_cannot_travel_still_ends_the_start(
         self, config, monkeypatch
     ):
-        def build(*_):
+        def build(*_, **__):
             raise StubbornError("no", "luck")
 
         monkeypatch.setattr(loop, "build_engine", build)
@@ -425,9 +433,9 @@ class TestHazards:
     async def test_a_start_that_was_given_up_leaves_nothing_behind(self, config, monkeypatch):
         before, gate, real = left_over(), threading.Event(), loop.build_engine
 
-        def slow(*arguments):
+        def slow(*arguments, **options):
             gate.wait(DEADLINE_S)
-            return real(*arguments)
+            return real(*arguments, **options)
 
         monkeypatch.setattr(loop, "build_engine", slow)
         client = InlineClient(config())

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,16 +66,23 @@ def configs(tmp_path_factory):
 
 
 @pytest.fixture
-def start(configs, tmp_path, monkeypatch):
+def infos() -> dict:
+    """What each engine said when it started."""
+    return {}
+
+
+@pytest.fixture
+def start(configs, infos, tmp_path, monkeypatch):
     """Starts engines in a domain that may pin so many bytes, and closes them with the test."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(build, "_MEMORY_DEADLINE_S", 0.3)
     engines = []
 
-    def make(name: str, capacity_bytes: int):
+    def make(name: str, capacity_bytes: int, *, lent: bool = False):
         domain = Domain("test", 2 * capacity_bytes, capacity_bytes)
-        engines.append(build_engine(configs[name], domain=domain)[0])
-        return engines[-1]
+        engine, infos[name] = build_engine(configs[name], domain=domain, lent=lent)
+        engines.append(engine)
+        return engine
 
     yield make
     for engine in engines:
@@ -159,6 +167,68 @@ def test_an_offer_without_room_is_refused_and_leaves_cap_where_it_was(start):
     assert ledger.used_bytes == ledger.capacity_bytes, "it is kept before it is written"
     grown(second, 5)
     assert second.reservation.ledger().used_bytes == capacity
+
+
+def test_an_engine_that_is_lent_to_starts_with_its_floor_and_grows_by_what_it_is_offered(
+    start, infos
+):
+    engine = start("one", 2 * WHOLE, lent=True)
+    ladder, stats = infos["one"].ladder, engine.stats()
+    assert (stats.mirrored, stats.cap, stats.k) == (3, 3, 3)
+    assert ladder.floor_bytes == stats.reserved_bytes == FLOOR
+    for _ in range(3):
+        engine.step()
+    assert engine.stats().cap == 3, "room alone is no offer"
+    engine.lease.offer("late", UNIT_BYTES, time.monotonic())
+    (answer,) = engine.step().leases
+    assert isinstance(answer.error, HostMemoryError)
+    assert (engine.stats().cap, engine.reservation.held_bytes) == (3, FLOOR)
+    missing = ladder.mirrored_bytes(5) - stats.lease_bytes
+    engine.lease.offer("in time", missing, time.monotonic() + 60.0)
+    (answer,) = engine.step().leases
+    assert answer.error is None
+    grown(engine, 5)
+    (holder,) = engine.reservation.ledger().holders
+    assert holder.group == infos["one"].mirrors_group
+    assert holder.held_bytes == FLOOR + 2 * UNIT_PAGES
+
+
+def test_what_one_of_a_group_has_written_costs_the_others_no_room(start, infos):
+    capacity = FLOOR + HOST_KV_BYTES + 2 * UNIT_PAGES
+    first, second = start("one", capacity, lent=True), start("one", capacity, lent=True)
+    two = infos["one"].ladder.mirrored_bytes(5) - infos["one"].ladder.mirrored_bytes(3)
+    first.lease.offer("first", two)
+    assert first.step().leases[0].error is None
+    grown(first, 5)
+    ledger = first.reservation.ledger()
+    assert ledger.free_bytes == 0
+    second.lease.offer("second", two)
+    assert second.step().leases[0].error is None
+    grown(second, 5)
+    ledger = first.reservation.ledger()
+    assert ledger.used_bytes == capacity
+    assert ledger.held_bytes_by_group() == {infos["one"].mirrors_group: capacity}
+    first.lease.revoke("first", two, 5.0)
+    while not first.step().leases:
+        pass
+    assert first.reservation.ledger().used_bytes == capacity, "the second has them still"
+    assert audit(first.reservation.ledger(), os.getpid()) == ()
+
+
+def test_what_an_engine_may_be_lent_is_what_its_configuration_allows(start, infos):
+    start("one", 2 * WHOLE, lent=True)
+    ladder = infos["one"].ladder
+    assert len(ladder.rungs()) == 3
+    assert sum(rung.nbytes for rung in ladder.rungs()) == WHOLE - FLOOR
+    assert ladder.tokens == 28
+
+
+def test_an_engine_counts_what_it_is_asked_for_by_priority(start):
+    engine = start("one", WHOLE)
+    engine.submit(request("a", tokens=6))
+    engine.submit(replace(request("b", tokens=500), priority=3))
+    assert engine.stats().offered_tokens == {0: 9 + 6, 3: 9 + 8}
+    engine.abort(HostMemoryError("enough"))
 
 
 def test_an_engine_that_does_not_start_leaves_nothing_behind(start, monkeypatch):

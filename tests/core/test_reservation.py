@@ -19,7 +19,7 @@ from select_n_core.decisions.lease import paged
 from select_n_core.errors import HostMemoryError
 from select_n_core.memory.audit import audit, mapped_files
 from select_n_core.memory.domain import Domain
-from select_n_core.memory.ledger_file import read_ledger
+from select_n_core.memory.ledger_file import LedgerReader, domains_at, read_ledger
 from select_n_core.memory.reservation import Reservation, file_of
 
 PAGE = mmap.PAGESIZE
@@ -165,6 +165,22 @@ class TestOneDomain:
             )
         assert [each.waiting_bytes for each in other.ledger().holders] == [0, 0]
 
+    def test_what_a_group_shares_is_counted_once_and_groups_add_up(self, directory):
+        with ExitStack() as ends:
+            one, other, alone = (
+                ends.enter_context(Reservation(DOMAIN, name, group=group, directory=directory))
+                for name, group in (("one", "g"), ("other", "g"), ("alone", ""))
+            )
+            for each in (one, other):
+                each.reserve("a", "unit 1", 10 * PAGE)
+            one.set_aside(5 * PAGE)
+            other.reserve("b", "host KV", 2 * PAGE)
+            alone.reserve("c", "unit 1", 4 * PAGE)
+            ledger = alone.ledger()
+            place = ledger.holders[2].place
+            assert ledger.held_bytes_by_group() == {"g": 17 * PAGE, f"place {place}": 4 * PAGE}
+            assert ledger.used_bytes == 21 * PAGE
+
     def test_domains_do_not_share(self, opened):
         opened("one").reserve("a", "unit 1", CAPACITY)
         opened("other", Domain("another", CAPACITY, PAGE)).reserve("b", "unit 2", PAGE)
@@ -175,6 +191,35 @@ class TestFiles:
         one = opened("one")
         one.reserve("a", "unit 1", PAGE)
         assert read_ledger(DOMAIN, directory) == one.ledger()
+
+    def test_who_reads_again_and_again_sees_each_change_and_soon_each_death(
+        self, opened, directory
+    ):
+        now_s = 0.0
+        reader = LedgerReader(DOMAIN, directory, recheck_s=1.0, clock=lambda: now_s)
+        assert reader.read().holders == ()
+        one = opened("one")
+        one.reserve("a", "unit 1", 3 * PAGE)
+        assert reader.read().used_bytes == 3 * PAGE
+        die(one)
+        assert reader.read().used_bytes == 3 * PAGE, "nobody wrote that"
+        now_s = 1.0
+        assert reader.read().used_bytes == 0
+
+    def test_the_ledgers_of_this_boot_are_found_and_a_damaged_one_is_said(self, directory):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        here = Domain(f"{boot}-node", 2 * CAPACITY, CAPACITY)
+        before = Domain("another-boot-node", 2 * CAPACITY, CAPACITY)
+        with ExitStack() as ends:
+            for domain in (here, before):
+                reservation = Reservation(domain, "one", directory=directory)
+                ends.enter_context(reservation).reserve("a", "unit 1", PAGE)
+            (found,) = domains_at(directory)
+            assert (found.id, found.capacity_bytes) == (here.id, CAPACITY)
+            assert read_ledger(found, directory).used_bytes == PAGE
+            (directory / f"host-1-{here.id}.json").write_text("{")
+            with pytest.raises(HostMemoryError, match="is damaged"):
+                domains_at(directory)
 
     def test_files_that_were_cleaned_away_are_made_again_by_those_who_hold(
         self, opened, directory, caplog

@@ -107,7 +107,7 @@ class ScriptedEngine:
     async def is_asked(self) -> bool:
         return bool(self.requests)
 
-    async def start(self) -> EngineInfo:
+    async def start(self, *, lent: bool = False) -> EngineInfo:
         return self.info
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:

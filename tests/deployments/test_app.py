@@ -51,7 +51,7 @@ def test_deployment_names_are_safe_and_differ():
 
 
 def test_an_emulated_replica_claims_so_little_that_several_fit_two_cores():
-    assert actor_options(args().models[0]) == {"num_cpus": 0.1}
+    assert actor_options(args().models[0])["num_cpus"] == 0.1
 
 
 def test_bounds_that_differ_turn_autoscaling_on():

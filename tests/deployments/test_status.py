@@ -13,6 +13,7 @@ from standins import MODEL, ScriptedEngine, serving
 from deployments.cli import status
 from deployments.cli.status import tables
 from deployments.control.cache import SnapshotCache
+from deployments.control.memory import DomainFacts, HolderFacts
 from deployments.control.messages import Snapshot
 from deployments.control.view import cluster_document
 from select_n_core.live import parse_policy
@@ -20,8 +21,14 @@ from select_n_core.live import parse_policy
 POLICY = parse_policy({"budgets": {"host_memory": "1MiB"}})
 
 
+LATE = HolderFacts("a-model", ("a", "b"), 5, 1 << 20, 6 << 20, 0, 2 << 20, 8 << 20, is_late=True)
+STRANGER = HolderFacts("a-stranger", (), None, 0, 3 << 20, 0, 0, None, is_late=False)
+DOMAIN = DomainFacts("d", ("node-1",), 16 << 20, 9 << 20, 7 << 20, (LATE, STRANGER))
+
+
 def snapshot(*reports, policy=POLICY) -> Snapshot:
-    return Snapshot(4, 17, 2, policy, {each.replica: each for each in reports})
+    replicas = {each.replica: each for each in reports}
+    return Snapshot(4, 17, 2, policy, replicas, memory=(DOMAIN,))
 
 
 def document(*reports) -> dict:
@@ -46,6 +53,7 @@ class Told:
             settled=True,
             policy_version=self._snapshot.policy_version,
             policy=self._snapshot.policy,
+            memory=self._snapshot.memory,
             reports=tuple(self._snapshot.replicas.values()),
         )
 
@@ -86,6 +94,59 @@ def test_replicas_of_a_model_share_a_nodes_mirrors_and_each_has_its_lease():
     assert (second["node"], second["lease_bytes"]) == ("node-2", 9)
 
 
+def test_the_document_tells_who_holds_host_memory_and_what_is_late():
+    (domain,) = json.loads(json.dumps(document()))["domains"]
+    assert domain["nodes"] == ["node-1"]
+    assert (domain["capacity_bytes"], domain["free_bytes"]) == (16 << 20, 7 << 20)
+    assert domain["late_revocations"] == 1
+    late, stranger = domain["holders"]
+    assert (late["revoked_bytes"], late["wanted_bytes"]) == (2 << 20, 8 << 20)
+    assert late["replicas"] == ["a", "b"]
+    assert stranger["wanted_bytes"] is None
+
+
+def test_the_table_shows_every_holder_of_host_memory():
+    console = Console(file=io.StringIO(), width=160)
+    console.print(tables(document()))
+    shown = console.file.getvalue().splitlines()
+    [late] = [line for line in shown if "a-model" in line]
+    assert late.split() == [
+        "node-1",
+        "16",
+        "MiB",
+        "7",
+        "MiB",
+        "a-model",
+        "2",
+        "5",
+        "1",
+        "MiB",
+        "6",
+        "MiB",
+        "0",
+        "B",
+        "2",
+        "MiB",
+        "8",
+        "MiB",
+    ]
+    [stranger] = [line for line in shown if "a-stranger" in line]
+    assert stranger.split() == [
+        "a-stranger",
+        "0",
+        "-",
+        "0",
+        "B",
+        "3",
+        "MiB",
+        "0",
+        "B",
+        "0",
+        "B",
+        "-",
+    ]
+
+
 def test_the_document_tells_which_controller_said_so_and_when():
     assert document()["controller"] == {
         "epoch": 4,
@@ -116,6 +177,7 @@ async def test_the_ingress_answers_from_its_snapshot(text):
         told = (await client.get("/cluster")).json()
     assert told["controller"]["epoch"] == 4
     assert [each["replica"] for each in told["replicas"]] == ["far"]
+    assert [each["domain"] for each in told["domains"]] == ["d"]
 
 
 def test_without_a_controller_the_replicas_themselves_are_asked(cli, url):

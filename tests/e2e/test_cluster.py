@@ -67,6 +67,20 @@ def test_the_controller_knows_both_replicas_and_what_they_hold(server):
     assert node["lease_bytes"] == first["lease_bytes"] + second["lease_bytes"]
 
 
+def test_both_are_one_holder_of_the_host_memory_that_they_share(server):
+    def is_shared(told: dict) -> bool:
+        holders = [each for domain in told["domains"] for each in domain["holders"]]
+        return [len(each["replicas"]) for each in holders] == [2]
+
+    told = eventually(server, is_shared)
+    [domain] = told["domains"]
+    [holder] = domain["holders"]
+    assert domain["capacity_bytes"] == 1 << 30
+    assert domain["held_bytes"] == holder["held_bytes"] == holder["floor_bytes"] > 0
+    assert domain["free_bytes"] == (1 << 30) - holder["held_bytes"]
+    assert {each["reserved_bytes"] for each in told["replicas"]} == {holder["held_bytes"]}
+
+
 def test_what_was_served_is_counted_and_timed_against_its_targets(server):
     body = {"model": "smollm2-135m-instruct", "prompt": "the", "max_tokens": 8, "ignore_eos": True}
     for _ in range(3):
