@@ -154,6 +154,7 @@ class ModelConfig(Strict):
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 16
     max_step_tokens: Annotated[int, Field(ge=16, le=16384)] = 256
     block_tokens: Literal[16, 32, 64, 128, 256] = 32
+    prefix_caching: bool = True
     max_queue: Annotated[int, Field(ge=1)] = 64
     compute: ComputeConfig | None = None
     engine: Literal["process", "inline"] = "process"

@@ -101,7 +101,8 @@ def admit(
 def _let_in(came: Admission, request: RequestFacts, room: Room, state: StepState) -> None:
     came.admitted.append(request)
     room.take(request)
-    came.free_blocks -= state.blocks_of(request.context_tokens)  # a swapped one's, needed at once
+    # What it has to begin with is taken at once: a swapped cache, or what is cached of a prefix.
+    came.free_blocks -= state.blocks_of(request.context_tokens) - request.shared
 
 
 def _may_be_overtaken(request: RequestFacts, state: StepState) -> bool:
@@ -123,6 +124,10 @@ def _evict_for(
     if order.above_share(request.tenant):
         return
     lower = order.below(batch.requests, order.rank(request))
+    # What it and those let in before would share may be shared with a victim alone, and is counted
+    # among what comes free: it is theirs to take then.
+    apart = request.shared + sum(each.shared for each in came.admitted)
+    room.free_blocks -= apart
     victims: list[RequestFacts] = []
     for victim in order.last_to_first(lower):
         victims.append(victim)
@@ -134,6 +139,6 @@ def _evict_for(
             return
         if lack is None:
             came.evicted = victims
-            came.free_blocks += sum(each.blocks for each in victims)
+            came.free_blocks += sum(map(state.freed_by, victims)) - apart
             _let_in(came, request, room, state)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -19,7 +19,8 @@ class RequestFacts:
     per request and brings it up to date before each decision. What is to be kept must be copied.
 
     Attributes:
-        context_tokens: in the cache: on the device, or in host blocks of one that waits.
+        context_tokens: in the cache: on the device, or in host blocks. Of one that waits and has
+            none there, the beginning that the cache holds, to be had as soon as it is let in.
         prompt_left: known tokens to compute before it yields its next one (after a recompute its
             own output is among them); 0 means it decodes, one token a step.
         slack_s: until its next token is due; negative when it is late.
@@ -30,6 +31,9 @@ class RequestFacts:
         waited_s: not running, in all.
         wait_left_s: until a request that was never let in is returned to its caller; infinite for
             all others.
+        shared: it waits, and of the blocks that hold the beginning of its context others own so
+            many: they need not be free for it to be let in.
+        in_host: it waits, and its cache does so in host blocks.
     """
 
     id: str
@@ -44,6 +48,8 @@ class RequestFacts:
     waited_s: float = 0.0
     arrived_s: float = 0.0
     wait_left_s: float = math.inf
+    shared: int = 0
+    in_host: bool = False
 
     @property
     def next_tokens(self) -> int:
@@ -51,9 +57,18 @@ class RequestFacts:
         return self.context_tokens + (self.prompt_left or 1)
 
     @property
+    def at_hand(self) -> int:
+        """Blocks that it need not be given: its own, or those that it will share."""
+        return self.blocks or self.shared
+
+    @property
     def is_new(self) -> bool:
         """Whether it waits and was never let in."""
         return self.wait_left_s < math.inf
+
+
+def _none(_: str) -> int:
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,8 @@ class StepState:
 
     Attributes:
         running: requests that hold KV blocks. waiting: those that do not, new or preempted.
-        free_blocks, blocks: that nobody owns, that exist.
+        free_blocks, blocks: that nobody owns (what they hold may be found again until somebody
+            takes them), that exist.
         host_blocks: free in host memory for requests that are swapped out.
         block_copy_s: one block over the link, one way.
         k_min: the least k may become.
@@ -72,6 +88,8 @@ class StepState:
         calm_s: since a miss was predicted. dwell_s: since k turned.
         reserve: share by which a step may take longer than predicted.
         levels: weighted tokens served so far, of every tenant with a live request.
+        shared_of: blocks of a running request, by its id, that others own too. It is asked for
+            those few that may have to leave.
     """
 
     running: tuple[RequestFacts, ...]
@@ -95,6 +113,11 @@ class StepState:
     dwell_s: float = 0.0
     reserve: float = 0.0
     levels: Mapping[str, float] = field(default_factory=dict)
+    shared_of: Callable[[str], int] = _none
+
+    def freed_by(self, running: RequestFacts) -> int:
+        """Blocks that come free when it leaves, the others staying."""
+        return running.blocks - self.shared_of(running.id)
 
     def blocks_of(self, tokens: int) -> int:
         """Blocks that `tokens` tokens of one request take."""

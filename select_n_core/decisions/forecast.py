@@ -1,7 +1,8 @@
 """When a request that is returned would be let in: once enough of those that run have ended.
 
 Each runs to its expected end, in steps as the model predicts them; those that wait are let in
-before it, and the prompts of all are computed first.
+before it, and the prompts of all are computed first. Whoever shares blocks now is taken to have
+them to itself.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def release(state: StepState, blocks: int, model: LatencyModel) -> tuple[Preempt
     victims: list[RequestFacts] = []
     while blocks > 0 and staying:
         victims.append(staying.pop())
-        blocks -= victims[-1].blocks
+        blocks -= state.freed_by(victims[-1])
     return preempted(victims, decode_shape(staying), state, model)
 
 

@@ -48,7 +48,7 @@ class Room:
 
     def give_up(self, running: RequestFacts) -> None:
         """Let one that runs leave."""
-        self.free_blocks += self.growth(running) + running.blocks
+        self.free_blocks += self.growth(running) + self._state.freed_by(running)
         rows, context = self.shape.decode_rows, self.shape.context_tokens
         self.shape = StepShape(rows - 1, context - self._end(running))
         self._first_tokens.give_up(running)
@@ -59,8 +59,8 @@ class Room:
         return StepShape(rows + 1, context + self._end(request))
 
     def growth(self, request: RequestFacts) -> int:
-        """Blocks until its expected end, beside those that it owns."""
-        return self._state.blocks_of(self._end(request)) - request.blocks
+        """Blocks until its expected end, beside those that it owns or will share."""
+        return self._state.blocks_of(self._end(request)) - request.at_hand
 
     @staticmethod
     def _end(request: RequestFacts) -> int:

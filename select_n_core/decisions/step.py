@@ -39,7 +39,7 @@ def plan_step(state: StepState, model: LatencyModel) -> StepDecision:
         victims += slow
         batch = batch.without(slow, state)
     if victims:  # what came free is needed now; who comes next is decided without haste
-        came = Admission(state.free_blocks + sum(victim.blocks for victim in victims))
+        came = Admission(state.free_blocks + sum(map(state.freed_by, victims)))
     else:
         came = admit(state, batch, missed, order, model)
         if came.evicted:
@@ -50,7 +50,7 @@ def plan_step(state: StepState, model: LatencyModel) -> StepDecision:
         elif change is None and not victims and not came.admitted:
             change = fewer_to_spare(state, batch, came.short, pace, model)
     if victims:
-        freed = sum(victim.blocks for victim in victims)
+        freed = sum(map(state.freed_by, victims))
         state = replace(state, free_blocks=state.free_blocks + freed)
     return StepDecision(
         preempt=preempted(victims, batch.shape, state, model) if victims else (),
@@ -73,12 +73,12 @@ def _to_make_room(state: StepState, batch: Batch, order: ServiceOrder) -> list[R
     growing = {request.id for request in batch.needy}
     while short > free:
         victims.append(staying.pop())
-        free += victims[-1].blocks
+        free += state.freed_by(victims[-1])
         short -= victims[-1].id in growing
     # Those who decode end one day; where only prompts are left, the first of them must get on.
     while staying and not any(_can_go_on(request, free, size) for request in staying):
         victims.append(staying.pop())
-        free += victims[-1].blocks
+        free += state.freed_by(victims[-1])
     return victims
 
 
@@ -121,7 +121,9 @@ def _rows(
 ) -> list[tuple[str, int]]:
     size, free = state.block_tokens, came.free_blocks - len(batch.needy)
     rows = [(request.id, 1) for request in batch.decoding]
-    prompts = batch.prompts + [each for each in came.admitted if not each.context_tokens]
+    prompts = batch.prompts + [
+        each for each in came.admitted if each.prompt_left and not each.in_host
+    ]
     if not prompts:
         return rows
     shape, taken = batch.shape, 0
@@ -132,7 +134,8 @@ def _rows(
     hopeless = alone_s >= state.tpot_s  # slack will not come back by itself
     for request in sorted(prompts, key=order.key):
         context = request.context_tokens
-        room = (request.blocks + free) * size - context
+        owned = request.blocks or state.blocks_of(context)  # from when it is let in
+        room = (owned + free) * size - context
         most = min(request.prompt_left, limit - taken, room)
         if most <= 0:
             continue
@@ -152,7 +155,7 @@ def _rows(
             break
         shape = with_prompt(shape, tokens, context)
         taken += tokens
-        free -= max(0, state.blocks_of(context + tokens) - request.blocks)
+        free -= max(0, state.blocks_of(context + tokens) - owned)
     return rows
 
 

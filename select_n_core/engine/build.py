@@ -23,6 +23,7 @@ from select_n_core.engine.planning import Prepared, prepare
 from select_n_core.engine.reserving import host_kv_bytes_of, reserve_room
 from select_n_core.engine.residence import Swapping
 from select_n_core.engine.scheduler import Limits, Scheduler, Turning
+from select_n_core.kv.names import Salts
 from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.base import Link
 from select_n_core.links.open import join_bus, open_link
@@ -226,6 +227,7 @@ def _scheduler(
             k_most=lambda: min(executor.m, executor.cap),
             blocks_at=executor.layout.blocks_at,
         ),
+        salts=Salts() if config.prefix_caching else None,
     )
 
 

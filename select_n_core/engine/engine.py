@@ -147,7 +147,9 @@ class Engine:
         self._predict()
         turns = self.scheduler.next_step()
         self._short = bool(self.scheduler.waiting)
-        self._outputs += map(Output, self.scheduler.take_entered())
+        self._outputs += [
+            Output(name, cached_tokens=cached) for name, cached in self.scheduler.take_entered()
+        ]
         for request_id, error in self.scheduler.take_failed():
             self._note_returned(error)
             self._fail(request_id, error)
@@ -212,6 +214,7 @@ class Engine:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             kv_free_tokens=executor.blocks.free_tokens,
+            kv_cached_tokens=executor.blocks.cached_blocks * executor.blocks.block_tokens,
             kv_tokens=executor.blocks.blocks * executor.blocks.block_tokens,
             iterations=self._iterations,
             link_bytes=sum(
@@ -230,6 +233,8 @@ class Engine:
             tpot_headroom=self._headroom.tpot(now_s),
             swaps=scheduler.swaps,
             recomputes=scheduler.recomputes,
+            prefix_queried_tokens=scheduler.prefixes.queried_tokens,
+            prefix_hit_tokens=scheduler.prefixes.hit_tokens,
             admitted=scheduler.admitted,
             returned={str(reason): count for reason, count in scheduler.returned.items()},
             vacancy=self._vacancy.read(now_s),
@@ -316,7 +321,7 @@ class Engine:
         sequence, drawn = outcome.turn.sequence, outcome.drawn
         request = sequence.request
         if isinstance(drawn, EngineError):
-            self._fail(request.id, drawn)
+            self._fail(request.id, drawn, spoiled=True)
             return
         sequence.computed += outcome.turn.amount
         if drawn is None:
@@ -357,10 +362,10 @@ class Engine:
             tpot_s = span_s / (sequence.output_tokens - 1)
             self._headroom.saw_finish(self._clock(), tpot_s / sequence.promise.tpot_s)
 
-    def _fail(self, request_id: str, error: Exception) -> None:
-        self._forget(request_id)
+    def _fail(self, request_id: str, error: Exception, *, spoiled: bool = False) -> None:
+        self._forget(request_id, spoiled=spoiled)
         self._outputs.append(Output(request_id, finish=FinishReason.ERROR, error=error))
 
-    def _forget(self, request_id: str) -> Sequence | None:
+    def _forget(self, request_id: str, *, spoiled: bool = False) -> Sequence | None:
         self._sampler.drop(request_id)
-        return self.scheduler.remove(request_id)
+        return self.scheduler.remove(request_id, spoiled=spoiled)

@@ -131,6 +131,7 @@ class Output:
     The first output, empty, says that the request was let in: it owns its place from then on.
 
     Attributes:
+        cached_tokens: of the first output: prompt tokens that the cache held already.
         tokens: new token ids, in order; the end-of-sequence token is not among them.
         finish: set on the request's last output.
         error: the error behind `finish == ERROR`.
@@ -141,6 +142,7 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
     error: Exception | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,8 @@ class EngineStats:
             and those kept for mirrors to come.
         turns: how often k was turned, by cause.
         running, waiting: requests.
-        kv_free_tokens, kv_tokens: KV capacity left and in all.
+        kv_free_tokens, kv_tokens: KV capacity left and in all. kv_cached_tokens: of what is left,
+            that which holds prefixes until somebody needs it.
         link_bytes, streamed_units: host to device since start.
         link_bytes_by: since start, by (direction, kind).
         stall_s: compute time lost waiting for copies since start.
@@ -165,6 +168,8 @@ class EngineStats:
             finished in it. Negative is a broken promise.
         swaps, recomputes: preemptions since start, by where the cache went: to host blocks, or
             nowhere, to be computed again.
+        prefix_queried_tokens, prefix_hit_tokens: prompt tokens let in since start, and those of
+            them that the cache held; 0 where it keeps no prefixes.
         admitted: requests let in since start. returned: those that were not, by reason.
         vacancy: the room that is left; None before the engine said anything.
         offered_tokens: prompts and typical answers of all requests that came since start, by
@@ -183,6 +188,7 @@ class EngineStats:
     running: int = 0
     waiting: int = 0
     kv_free_tokens: int = 0
+    kv_cached_tokens: int = 0
     kv_tokens: int = 0
     iterations: int = 0
     link_bytes: int = 0
@@ -194,6 +200,8 @@ class EngineStats:
     tpot_headroom: float | None = None
     swaps: int = 0
     recomputes: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
     admitted: int = 0
     returned: Mapping[str, int] = field(default_factory=dict)
     vacancy: Vacancy | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from select_n_core.decisions.facts import Way
+from select_n_core.engine.prefixes import Prefixes
 from select_n_core.engine.sequence import Sequence
 from select_n_core.errors import LinkError
 from select_n_core.kv.blocks import BlockTable
@@ -27,8 +28,8 @@ class SwapSpace(Protocol):
         """Copy device blocks to the host."""
         ...
 
-    def bring_back(self, owner: str, blocks: list[Any]) -> None:
-        """Issue the copies back."""
+    def bring_back(self, owner: str, blocks: list[Any], skip: int) -> None:
+        """Issue the copies back, without those of the first `skip` blocks."""
         ...
 
     def settle(self, owner: str) -> None:
@@ -61,9 +62,10 @@ class Residence:
         swapping: None where there are no host KV blocks.
     """
 
-    def __init__(self, blocks: BlockTable, swapping: Swapping | None) -> None:
+    def __init__(self, blocks: BlockTable, swapping: Swapping | None, prefixes: Prefixes) -> None:
         self._blocks = blocks
         self._swapping = swapping
+        self._prefixes = prefixes
 
     @property
     def host_blocks(self) -> int:
@@ -79,17 +81,23 @@ class Residence:
         """Room on the device for `tokens` tokens in all."""
         if tokens > sequence.room:
             self._blocks.reserve(sequence.request.id, tokens)
-            sequence.room = self._blocks.blocks_of(tokens) * self._blocks.block_tokens
+            sequence.owns(self._blocks.blocks_of(tokens), self._blocks.block_tokens)
 
     def bring_back(self, sequence: Sequence) -> bool:
-        """Start the way back from host blocks, if it has any; False if the link failed."""
-        if not sequence.computed:
+        """Start the way back from host blocks, if it has any; False if the link failed.
+
+        What the device still holds of its beginning stays there.
+        """
+        sequence.facts.in_host = False
+        if sequence.computed <= sequence.room:  # the device holds all of it
+            self._drop(sequence)
             return True
-        owner = sequence.request.id
+        owner, skip = sequence.request.id, sequence.named
         self.reserve(sequence, sequence.computed)
         swapping = self._require()
         try:
-            swapping.space.bring_back(owner, self._bytes(owner, sequence.computed))
+            blocks = self._bytes(owner, sequence.computed)[skip:]
+            swapping.space.bring_back(owner, blocks, skip)
         except LinkError as error:
             self._start_over(sequence, error)
             return False
@@ -106,6 +114,7 @@ class Residence:
     def leave(self, sequence: Sequence, way: Way) -> Way:
         """Give its device blocks back; the way that was taken: a failing link swaps nothing."""
         owner = sequence.request.id
+        self._prefixes.name([sequence])
         if way is Way.SWAP and (not sequence.coming_back or self._arrive(sequence)):
             try:
                 self._require().space.keep(owner, self._bytes(owner, sequence.computed))
@@ -115,10 +124,19 @@ class Residence:
             self._drop(sequence)
             sequence.computed = 0
         self._release(sequence)
+        sequence.facts.in_host = sequence.computed > 0
         return Way.SWAP if sequence.computed else Way.RECOMPUTE
 
-    def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended: take all its blocks back, with no copy under way into them."""
+    def forget(self, sequence: Sequence, *, spoiled: bool) -> None:
+        """The sequence has ended: take all its blocks back, with no copy under way into them.
+
+        Args:
+            spoiled: nobody is to go on from what they hold.
+        """
+        if spoiled:
+            self._blocks.spoil(sequence.request.id)
+        else:
+            self._prefixes.name([sequence])
         self._drop(sequence)
         self._release(sequence)
 
@@ -139,8 +157,9 @@ class Residence:
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.room:
-            sequence.room = 0
+            sequence.owns(0, self._blocks.block_tokens)
             self._blocks.release(sequence.request.id)
+        self._prefixes.end(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
         sequence.coming_back = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from select_n_core.decisions.batch import Batch
 from select_n_core.decisions.facts import (
@@ -29,6 +30,7 @@ from select_n_core.decisions.service import ServicePolicy, TenantLedger
 from select_n_core.decisions.step import plan_step
 from select_n_core.engine.messages import Request
 from select_n_core.engine.overload import queue_full, waited_in_vain
+from select_n_core.engine.prefixes import Prefixes
 from select_n_core.engine.residence import Residence, Swapping
 from select_n_core.engine.sequence import Sequence, Turn, facts_of
 from select_n_core.engine.targets import TPOT_AIM, promised
@@ -39,6 +41,7 @@ from select_n_core.errors import (
     SelectNError,
 )
 from select_n_core.kv.blocks import BlockTable
+from select_n_core.kv.names import Salts
 from select_n_core.slo import SLO
 
 Clock = Callable[[], float]
@@ -81,6 +84,13 @@ class Turning:
     blocks_at: tuple[int, ...]
 
 
+class Entered(NamedTuple):
+    """A request that is let in for the first time, and how much of its prompt was cached."""
+
+    id: str
+    cached_tokens: int
+
+
 @dataclass(slots=True)
 class Scheduler:
     """Queues, admits, preempts and orders; `plan_step` decides.
@@ -89,9 +99,11 @@ class Scheduler:
         latency: what decisions predict with. reserve: share by which steps may take longer.
         k: units streamed now. change: what it is to turn to, as decided last.
         swapping: None where there are no host KV blocks. turning: None where k stands still.
+        salts: of the prefixes that are cached; None caches none.
         waiting, running: live requests by id.
         swaps, recomputes: preemptions so far, by what became of the cache.
         admitted: requests let in so far. returned: those that were not, by reason.
+        prefixes: what the cache holds of the requests' beginnings.
     """
 
     limits: Limits
@@ -103,6 +115,7 @@ class Scheduler:
     clock: Clock
     swapping: Swapping | None = None
     turning: Turning | None = None
+    salts: Salts | None = None
     waiting: dict[str, Sequence] = field(default_factory=dict, init=False)
     running: dict[str, Sequence] = field(default_factory=dict, init=False)
     reserve: float = field(default=0.0, init=False)
@@ -111,11 +124,13 @@ class Scheduler:
     recomputes: int = field(default=0, init=False)
     admitted: int = field(default=0, init=False)
     returned: Counter[Reason] = field(default_factory=Counter, init=False)
+    prefixes: Prefixes = field(init=False)
     _ledger: TenantLedger = field(init=False)
     _residence: Residence = field(init=False)
     _policy: ServicePolicy = field(init=False)
     _failed: list[tuple[str, SelectNError]] = field(default_factory=list, init=False)
-    _entered: list[str] = field(default_factory=list, init=False)
+    _entered: list[Entered] = field(default_factory=list, init=False)
+    _filling: list[Sequence] = field(default_factory=list, init=False)  # a block, by this step
     _forecast: Forecast | None = field(default=None, init=False)  # of the step to come
     _tpots_s: Counter[float] = field(default_factory=Counter, init=False)  # aimed at, of the live
     _missed_s: float = field(init=False)
@@ -123,7 +138,8 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self._ledger = TenantLedger()
-        self._residence = Residence(self.blocks, self.swapping)
+        self.prefixes = Prefixes(self.blocks, self.salts)
+        self._residence = Residence(self.blocks, self.swapping, self.prefixes)
         lifetime_s = self.slo.ttft_s + self.limits.expected_output * self.slo.tpot_s
         self._policy = ServicePolicy(
             quantum_s=self.slo.tpot_s,
@@ -190,6 +206,7 @@ class Scheduler:
         if (queued := self._crowd(request, places)) is not None:
             self.returned[Reason.QUEUE] += 1
             raise queue_full(queued, self._fits_in_s(sequence))
+        self.prefixes.arrived(sequence)
         self._ledger.join(request.tenant, request.weight)
         self._tpots_s[sequence.aim.tpot_s] += 1
         self.waiting[request.id] = sequence
@@ -216,13 +233,17 @@ class Scheduler:
         """The live sequence of that id."""
         return self.running.get(request_id) or self.waiting.get(request_id)
 
-    def remove(self, request_id: str) -> Sequence | None:
-        """Forget a live sequence and take its blocks back; None if it is not live."""
+    def remove(self, request_id: str, *, spoiled: bool = False) -> Sequence | None:
+        """Forget a live sequence and take its blocks back; None if it is not live.
+
+        Args:
+            spoiled: nobody is to go on from what it computed.
+        """
         sequence = self.running.pop(request_id, None)
         if sequence is None:
             sequence = self.waiting.pop(request_id, None)
         if sequence is not None:
-            self._residence.forget(sequence)
+            self._residence.forget(sequence, spoiled=spoiled)
             self._ledger.leave(sequence.request.tenant)
             self._tpots_s[sequence.aim.tpot_s] -= 1
             if not self._tpots_s[sequence.aim.tpot_s]:
@@ -233,7 +254,7 @@ class Scheduler:
         """Whether it has its place in the coming step."""
         return self.running.get(sequence.request.id) is sequence
 
-    def take_entered(self) -> list[str]:
+    def take_entered(self) -> list[Entered]:
         """The requests let in for the first time since the last call."""
         entered, self._entered = self._entered, []
         return entered
@@ -246,6 +267,7 @@ class Scheduler:
     def next_step(self) -> list[Turn]:
         """Decide the step, apply the decision and return everyone's turn."""
         self._arrive()
+        self.prefixes.name(self._filling)
         self._forecast = None
         decision = plan_step(self.state(), self.latency)
         if decision.missed:
@@ -255,17 +277,22 @@ class Scheduler:
         for refusal in decision.refuse:
             self._return(refusal)
         self._preempt(decision.preempt)
-        for request_id in decision.admit:
-            self._let_in(request_id)
+        came = [self._let_in(request_id) for request_id in decision.admit]
+        for sequence in came:  # once everyone has what was found, blocks may be given away
+            if not self._residence.bring_back(sequence):
+                self._wait_again(sequence, Way.RECOMPUTE)
         self.change = decision.change
         turns: list[Turn] = []
-        running = self.running
+        running, self._filling = self.running, []
         for request_id, count in decision.rows:
             sequence = running[request_id]
-            if sequence.computed + count > sequence.room:
-                self._residence.reserve(sequence, sequence.computed + count)
+            end = sequence.computed + count
+            if end > sequence.room:
+                self._residence.reserve(sequence, end)
                 # Tenants pay by the block, and once for what is computed again.
                 self._ledger.charge(sequence.request.tenant, sequence.charge(sequence.room))
+            if end >= sequence.name_at:
+                self._filling.append(sequence)
             turns.append(Turn(sequence, count))
         return turns
 
@@ -286,12 +313,13 @@ class Scheduler:
 
     def state(self) -> StepState:
         """The facts that the step's decision is made from."""
+        self.prefixes.look(self.waiting.values())
         now_s, expected = self.clock(), self.limits.expected_output
         size = self.blocks.block_tokens
         turning = self.turning
         return StepState(
-            running=facts_of(self.running.values(), now_s, size, expected),
-            waiting=facts_of(self.waiting.values(), now_s, size, expected),
+            running=facts_of(self.running.values(), now_s, expected),
+            waiting=facts_of(self.waiting.values(), now_s, expected),
             free_blocks=self.blocks.free_blocks,
             blocks=self.kv_blocks,
             block_tokens=size,
@@ -311,21 +339,18 @@ class Scheduler:
             dwell_s=now_s - self._turned_s,
             reserve=self.reserve,
             levels=self._ledger.levels(),
+            shared_of=self.blocks.shared,
         )
 
-    def _let_in(self, request_id: str) -> None:
+    def _let_in(self, request_id: str) -> Sequence:
         sequence = self.waiting.pop(request_id)
-        assert sequence.since_s is not None
-        sequence.waited_s, sequence.since_s = (
-            sequence.waited_s + self.clock() - sequence.since_s,
-            None,
-        )
+        sequence.let_in(self.clock())
+        self.prefixes.begin(sequence)
         if not sequence.preempted:
             self.admitted += 1
-            self._entered.append(request_id)
+            self._entered.append(Entered(request_id, sequence.computed))
         self.running[request_id] = sequence
-        if not self._residence.bring_back(sequence):
-            self._wait_again(sequence, Way.RECOMPUTE)
+        return sequence
 
     def _arrive(self) -> None:
         for lost in self._residence.settle(self.running.values()):
@@ -369,11 +394,10 @@ class Scheduler:
 
     def _fits_in_s(self, sequence: Sequence) -> float:
         """When a new request would be let in that finds the queue full."""
-        size, expected = self.blocks.block_tokens, self.limits.expected_output
         if self._forecast is None:
             state = self.state()
             batch = Batch(state.running, state)
             pace = pace_of(self.latency, self.k, self.slots)
             self._forecast = Forecast(state, batch, (), state.waiting, pace)
-        (facts,) = facts_of([sequence], self.clock(), size, expected)
+        (facts,) = facts_of([sequence], self.clock(), self.limits.expected_output)
         return self._forecast.fits_in_s(facts)

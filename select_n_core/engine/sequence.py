@@ -6,12 +6,16 @@ import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 from select_n_core.decisions.facts import RequestFacts
 from select_n_core.decisions.latency import StepShape, chunk_pairs
 from select_n_core.decisions.service import INPUT_WEIGHT, OUTPUT_WEIGHT
 from select_n_core.engine.messages import Request
 from select_n_core.engine.targets import Targets, aimed
+from select_n_core.kv.named import NOTHING, Found
+
+_NEVER = 1 << 62  # tokens
 
 
 @dataclass(slots=True)
@@ -28,6 +32,12 @@ class Sequence:
         since_s: when it began to wait; None while it runs. waited_s: before that, in all.
         charged: tokens that its tenant was charged for.
         room: tokens that fit the device blocks it owns.
+        salt: of its tenant, where prefixes are cached; see `Salts.of`.
+        names: of its first full blocks, as far as they were needed.
+        named: how many of those that it owns were given theirs. name_at: tokens computed with
+            which there is one more.
+        findable: how many of its first blocks may be in the cache while it waits. found: which of
+            them are. cached: the tokens that those hold.
         preempted: how often it gave its blocks back.
         coming_back: its cache is on the way from host blocks.
         facts: what decisions look at, as of the last call of `facts_of`.
@@ -46,6 +56,13 @@ class Sequence:
     waited_s: float = 0.0
     charged: int = 0
     room: int = 0
+    salt: blake2b | None = None
+    names: list[bytes] = field(default_factory=list)
+    named: int = 0
+    name_at: int = _NEVER
+    findable: int = 0
+    found: Found = NOTHING
+    cached: int = 0
     preempted: int = 0
     coming_back: bool = False
     facts: RequestFacts = field(init=False)
@@ -76,6 +93,16 @@ class Sequence:
         """Prompt and output at most."""
         return self.prompt_tokens + self.request.sampling.max_tokens
 
+    def owns(self, blocks: int, block_tokens: int) -> None:
+        """It owns so many blocks from now on."""
+        self.room, self.facts.blocks = blocks * block_tokens, blocks
+
+    def let_in(self, now_s: float) -> None:
+        """It waits no more."""
+        assert self.since_s is not None
+        self.waited_s, self.since_s = self.waited_s + now_s - self.since_s, None
+        self.facts.waited_s, self.facts.wait_left_s = self.waited_s, math.inf
+
     def charge(self, tokens: int) -> float:
         """Weighted tokens up to `tokens` in all that its tenant was not charged for yet."""
         begin, end, prompt = self.charged, min(tokens, self.most_tokens), self.prompt_tokens
@@ -87,18 +114,18 @@ class Sequence:
 
 
 def facts_of(
-    sequences: Iterable[Sequence], now_s: float, block_tokens: int, expected_output: int
+    sequences: Iterable[Sequence], now_s: float, expected_output: int
 ) -> tuple[RequestFacts, ...]:
     """What decisions look at, brought up to date.
 
-    Written out in one loop, and what never changes is left as it is: it is done for everyone at
-    every step.
+    Written out in one loop, and what seldom changes is left to whoever changes it: it is done for
+    everyone at every step.
     """
     found = []
     for each in sequences:
         facts, computed, first_s, since_s = (
             each.facts,
-            each.computed,
+            each.computed or each.cached,
             each.first_token_s,
             each.since_s,
         )
@@ -107,16 +134,13 @@ def facts_of(
         left, output = known - computed, known - prompt
         facts.context_tokens = computed
         facts.prompt_left = 0 if left == 1 and output else left
-        facts.blocks = each.room // block_tokens
         expected = prompt + expected_output if output < expected_output else known + 1
         facts.expected_tokens = expected if expected < most else most
         if first_s is None:
             facts.slack_s = each.arrived_s + ttft_s - now_s
         else:
             facts.slack_s = first_s + tpot_s * output - now_s
-        if since_s is None:
-            facts.waited_s, facts.wait_left_s = each.waited_s, math.inf
-        else:
+        if since_s is not None:
             facts.waited_s = each.waited_s + now_s - since_s
             if each.preempted:
                 facts.wait_left_s = math.inf

@@ -98,14 +98,17 @@ class HostBlocks:
             raise failure
         self._kept[owner] = _Kept(taken)
 
-    def bring_back(self, owner: str, blocks: Sequence[Tensor]) -> None:
+    def bring_back(self, owner: str, blocks: Sequence[Tensor], skip: int = 0) -> None:
         """Issue the copies back; `settle` before anybody computes with these device blocks.
+
+        Args:
+            blocks: for all that is kept but its first `skip` blocks.
 
         Raises:
             LinkError: a copy could not be issued; `drop` the owner.
         """
         kept = self._kept[owner]
-        for index, block in zip(kept.blocks, blocks, strict=True):
+        for index, block in zip(kept.blocks[skip:], blocks, strict=True):
             self._issue(kept.coming_back, block, self._bytes(index), Direction.TO_DEVICE)
 
     def settle(self, owner: str) -> None:

@@ -1,10 +1,11 @@
 """An executor without a model: its next token is a hash of what lies in the KV blocks.
 
-A block holds the token ids themselves, so a block that was lost, shared, overwritten too early or
-brought back to the wrong place shows as a wrong token. Copies between host and device run as late
-as the contract of a link allows: when compute waits for them.
+A block holds the token ids themselves, so a block that was lost, overwritten too early, taken for
+another or brought back to the wrong place shows as a wrong token. Copies between host and device
+run as late as the contract of a link allows: when compute waits for them.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from select_n_core.engine.residence import Swapping
 from select_n_core.engine.scheduler import Limits, Scheduler, Turning
 from select_n_core.errors import InputError, LinkError
 from select_n_core.kv.blocks import BlockTable
+from select_n_core.kv.names import Salts
 from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.base import Direction, LinkCounters
 
@@ -117,7 +119,7 @@ class FakeExecutor:
         self.blocks = BlockTable(self.kv_ids(k), BLOCK_TOKENS)
         self.cache = torch.full((self.total, BLOCK_TOKENS), _GARBAGE, dtype=torch.uint8)
         self.fails_on: int | None = None  # a token id that no forward survives
-        self.steps = 0
+        self.steps = self.computed = self.moved = 0  # tokens and blocks
 
     def kv_ids(self, k: int) -> range:
         if not 0 <= k <= self.m:
@@ -133,6 +135,7 @@ class FakeExecutor:
 
     def turn(self, k: int) -> None:
         moves = self.blocks.resize(self._kept(k))
+        self.moved += len(moves)
         for old, new in moves.items():
             self.cache[new] = self.cache[old]
         self.k = k
@@ -149,21 +152,22 @@ class FakeExecutor:
         if self.fails_on in tokens:
             raise RuntimeError("a kernel did not like this token")
         logits = []
-        owned: set[int] = set()
+        owners = owners_of(self.blocks)
         for row in rows:
             assert row.tokens, "a row computes something"
-            assert not owned & set(row.blocks), "no block is in two tables"
-            owned |= set(row.blocks)
-            assert owned <= set(self.blocks.ids)
+            assert set(row.blocks) <= set(self.blocks.ids)
             for offset, token in enumerate(row.tokens):
                 place = row.context + offset
-                self.cache[row.blocks[place // BLOCK_TOKENS], place % BLOCK_TOKENS] = token
+                block = row.blocks[place // BLOCK_TOKENS]
+                assert owners[block] == 1, "nobody writes into what others own"
+                assert self.blocks._named.name_of(block) is None, "nor into what they may come by"
+                self.cache[block, place % BLOCK_TOKENS] = token
             if row.logits:
                 seen = self.cache[torch.tensor(row.blocks)].flatten().tolist()
                 one = torch.zeros(VOCAB)
                 one[next_token(seen[: row.context + len(row.tokens)])] = 1.0
                 logits.append(one)
-        self.steps += 1
+        self.steps, self.computed = self.steps + 1, self.computed + len(tokens)
         self.blocks.resize(self.kv_ids(self.k))
         return torch.stack(logits) if logits else torch.zeros(0, VOCAB)
 
@@ -173,6 +177,11 @@ class FakeExecutor:
     def _kept(self, k: int) -> range:
         now, then = self.blocks.ids, self.kv_ids(k)
         return range(max(now.start, then.start), min(now.stop, then.stop))
+
+
+def owners_of(blocks: BlockTable) -> Counter[int]:
+    """How many requests own each block that anybody owns."""
+    return Counter(block for table in blocks._owned.values() for block in table)
 
 
 class Clock:
@@ -220,10 +229,13 @@ class Served:
         raise AssertionError(f"still live after {most} steps: {[*self.scheduler.waiting]}")
 
     def check_blocks(self) -> None:
-        """Every block on the device and in host memory is free or has one live owner."""
+        """Every block on the device and in host memory is free or has live owners."""
         blocks, scheduler = self.executor.blocks, self.scheduler
-        owned = [block for name in scheduler.running for block in self._table(name)]
-        assert len(owned) == len(set(owned)) == blocks.blocks - blocks.free_blocks
+        owners = owners_of(blocks)
+        assert set(blocks._owned) <= set(scheduler.running)
+        assert len(owners) == blocks.blocks - blocks.free_blocks
+        assert blocks._others == {each: count - 1 for each, count in owners.items() if count > 1}
+        assert all(blocks._named.name_of(block) for block in blocks._others)
         assert all(not blocks.owned_blocks(name) for name in scheduler.waiting)
         kept = 0
         for sequence in [*scheduler.running.values(), *scheduler.waiting.values()]:
@@ -236,10 +248,6 @@ class Served:
                 kept += blocks.blocks_of(sequence.computed)
         assert self.host.free_blocks + kept == self.host.count
 
-    def _table(self, name: str) -> list[int]:
-        blocks = self.executor.blocks
-        return blocks.table(name) if blocks.owned_blocks(name) else []
-
 
 def served(
     latency,
@@ -251,6 +259,7 @@ def served(
     block_copy_s: float = 1e-6,
     step_s: float = 0.01,
     k_min: int = 0,
+    salts: Salts | None = None,
     **limits,
 ) -> Served:
     """Build one; `limits` are changes of the scheduler's."""
@@ -280,6 +289,7 @@ def served(
             k_most=lambda: executor.m,
             blocks_at=tuple(blocks_at),
         ),
+        salts=salts,
     )
     engine = Engine(executor, scheduler, (), clock, host)
     return Served(engine, executor, link, host, clock, step_s)

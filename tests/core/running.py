@@ -21,6 +21,7 @@ from select_n_core.engine.messages import (
 from select_n_core.engine.online import OnlineModel
 from select_n_core.engine.residence import Swapping
 from select_n_core.engine.scheduler import Limits, Scheduler, Turning
+from select_n_core.kv.names import Salts
 from select_n_core.kv.swap import HostBlocks
 from select_n_core.links.emulated import EmulatedLink
 from select_n_core.models.load import take_apart
@@ -29,6 +30,7 @@ from select_n_core.offload.placement import Placement, model_memory
 from select_n_core.slo import SLO
 
 BLOCKS, BLOCK_TOKENS = 24, 16
+COMMON = 1000  # the text with which prompts begin that begin alike
 LATENCY = LatencyModel(6, 1e-5, ComputeModel(((1, 1e-4), (256, 1e-3)), 0.0, 0.0, 1e-4, 0.0))
 
 
@@ -45,6 +47,7 @@ def running_engine(
     block_copy_s: float = 0.0,
     online: OnlineModel | None = None,
     sleep: Callable[[float], None] = time.sleep,
+    salts: Salts | None = None,
     **limits: int,
 ):
     """A tiny Llama with `k` of 6 layers streamed over a very fast emulated link.
@@ -93,6 +96,7 @@ def running_engine(
             k_most=lambda: min(executor.m, executor.cap),
             blocks_at=executor.layout.blocks_at,
         ),
+        salts=salts,
     )
     engine = Engine(executor, scheduler, eos, clock, host, online, sleep)
     try:
@@ -108,8 +112,13 @@ def prompt(number: int, length: int) -> tuple[int, ...]:
     return tuple(torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist())
 
 
-def request(name: str, length: int = 9, tokens: int = 8, text: int = 0, **rules) -> Request:
-    return Request(name, prompt(text, length), SamplingParams(max_tokens=tokens, **rules))
+def request(
+    name: str, length: int = 9, tokens: int = 8, text: int = 0, common: int = 0, **rules
+) -> Request:
+    """The first `common` tokens of its prompt are those of all that have as many in common."""
+    common = min(common, length)
+    ids = prompt(COMMON, common) + prompt(text, length - common)
+    return Request(name, ids, SamplingParams(max_tokens=tokens, **rules))
 
 
 @cache

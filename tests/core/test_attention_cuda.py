@@ -10,7 +10,15 @@ import test_kv_attention
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kv_attention import CPU, Setting, all_traits, by_formula, layer_shapes, pieces
+from test_kv_attention import (
+    CPU,
+    Setting,
+    all_traits,
+    by_formula,
+    check_shared_blocks,
+    layer_shapes,
+    pieces,
+)
 
 from select_n_core.errors import InputError
 from select_n_core.kv.attention import PagedAttention, Row
@@ -60,10 +68,21 @@ def test_flashinfer_is_planned_and_run_as_the_formula_says(data):
         setting.check(requests, traits)
 
 
-class Decoding:
-    """A dirty cache with some rows' context in it, and one new token for each."""
+@pytest.mark.parametrize("make", [GatheredAttention, flash_attention])
+@pytest.mark.parametrize("traits", test_kv_attention.TRAITS.values(), ids=test_kv_attention.TRAITS)
+def test_rows_may_share_their_first_blocks(make, traits):
+    with with_attention(make):
+        check_shared_blocks(traits)
 
-    def __init__(self, contexts: list[int], cache: KVCache, seed: int = 0) -> None:
+
+class Decoding:
+    """A dirty cache with some rows' context in it, and one new token for each.
+
+    Args:
+        shared: first blocks that all rows have in common.
+    """
+
+    def __init__(self, contexts: list[int], cache: KVCache, seed: int = 0, shared: int = 0) -> None:
         self.cache, size, heads = cache, cache.block_tokens, 4
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(cache.blocks, generator=generator).tolist()
@@ -71,6 +90,10 @@ class Decoding:
         for context in contexts:
             blocks = [order.pop() for _ in range(context // size + 1)]
             q, k, v = (torch.randn(n, context + 1, 8, generator=generator) for n in (heads, 2, 2))
+            if self.rows and shared:
+                blocks[:shared] = self.rows[0].blocks[:shared]
+                for mine, first in zip((q, k, v), self.truths[0], strict=True):
+                    mine[:, : shared * size] = first[:, : shared * size]
             self.rows.append(Row(blocks, context, 1))
             self.truths.append((q, k, v))
             if context:
@@ -118,6 +141,17 @@ def test_static_rows_serve_one_batch_after_another_from_the_same_place(make, tra
         assert static.positions.tolist()[: len(setting.rows)] == [r.context for r in setting.rows]
         out = static.attend(0, *setting.packed(4), traits)
         setting.check(out, traits)
+
+
+@pytest.mark.parametrize("make", [StaticDecode, FlashStaticDecode])
+def test_static_rows_may_share_their_first_blocks(make):
+    cache = dirty_cache()
+    static = _static(make, cache, rows=4, width=8)
+    setting = Decoding([9, 8, 14], cache, shared=2)
+    static.load(setting.tokens, setting.rows)
+    static.begin()
+    out = static.attend(0, *setting.packed(4), TRAITS["plain"])
+    setting.check(out, TRAITS["plain"])
 
 
 def test_rows_that_fill_up_a_batch_write_nothing_of_their_own():

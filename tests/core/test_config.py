@@ -164,6 +164,7 @@ PACED = {"kind": "paced", "record": "record.json"}
         ({"slots": 0}, "slots", "greater than or equal to 1, got 0"),
         ({"slots": 2.5}, "slots", "got 2.5"),
         ({"block_tokens": 17}, "block_tokens", "got 17"),
+        ({"prefix_caching": "perhaps"}, "prefix_caching", "got 'perhaps'"),
         ({"max_batch": "many"}, "max_batch", "got 'many'"),
         ({"max_batch": 32, "max_step_tokens": 16}, "", "max_step_tokens (16) is below max_batch"),
         ({"engine": "thread"}, "engine", "'process' or 'inline', got 'thread'"),

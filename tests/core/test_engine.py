@@ -21,6 +21,7 @@ from select_n_core.errors import (
     OverloadedError,
     RequestError,
 )
+from select_n_core.kv.names import Salts
 
 torch.set_num_threads(1)
 
@@ -70,6 +71,24 @@ class TestTokens:
         heard.run()
         assert [len(output.tokens) for output in heard.outputs["a"]] == [0, 1, 1, 1]
         assert heard.outputs["a"][0] == Output("a")
+
+    def test_a_shared_prefix_is_computed_once_and_no_token_changes(self, oracle):
+        first = request("first", 70, 20, text=1, common=60, ignore_eos=True)
+        others = [request(str(n), 61 + n, 12, n, common=60, ignore_eos=True) for n in range(2, 6)]
+        with running_engine(k_min=1, salts=Salts()) as engine:
+            heard = Heard(engine)
+            engine.submit(first)
+            for _ in range(4):
+                heard.step()
+            for asked in others:
+                engine.submit(asked)
+            heard.run()
+            for asked in [first, *others]:
+                assert heard.tokens(asked.id) == oracle(asked)
+            stats = engine.stats()
+            assert stats.prefix_hit_tokens == 4 * 48
+            assert [heard.outputs[each.id][0].cached_tokens for each in others] == [48] * 4
+            assert stats.kv_free_tokens == stats.kv_tokens > stats.kv_cached_tokens > 0
 
     def test_a_seed_gives_the_same_tokens_in_other_company(self, engine, heard):
         drawn = {"temperature": 1.0, "seed": 7, "ignore_eos": True}
@@ -402,23 +421,39 @@ class TestPreemption:
             assert list(engine.scheduler.running) == ["a"]
             heard.run()
 
-    @pytest.mark.parametrize("seed", range(6))
     @pytest.mark.parametrize("least", [0, 1])
+    @pytest.mark.parametrize(
+        ("salts", "seed"),
+        [*((None, seed) for seed in range(2)), *((Salts(), seed) for seed in range(6))],
+        ids=[*("alone-0", "alone-1"), *(f"sharing-{seed}" for seed in range(6))],
+    )
     def test_parity_under_random_turns_preemptions_cancellations_and_failures(
-        self, oracle, seed, least, monkeypatch
+        self, oracle, seed, least, salts, monkeypatch
     ):
-        """Blocks are short, k jumps about, some are cancelled, one ends in a failing forward."""
+        """Blocks are short, k jumps about, some are cancelled, one ends in a failing forward.
+
+        With salts k moves before every step, and prompts begin alike: prefixes are shared, found
+        again, given up and spoiled.
+        """
         draw = random.Random(seed)
-        bad = request("bad", 30, 20, text=99, ignore_eos=True)
+        restless = 0.3 if salts is None else 1.0
+        bad = request("bad", 30, 20, text=99, common=20, ignore_eos=True)
         requests = {
-            str(n): request(str(n), draw.randint(1, 60), draw.randint(1, 40), n, ignore_eos=True)
+            str(n): request(
+                str(n),
+                draw.randint(1, 60),
+                draw.randint(1, 40),
+                text=n,
+                common=draw.choice([0, 20, 40]),
+                ignore_eos=True,
+            )
             for n in range(10)
         }
         cancelled = set()
         host_blocks = draw.choice([0, 4, 60])
         blocks = 7 if least else 13  # at k = 0 the ring takes twelve of them
         with running_engine(
-            4, k_min=least, blocks=blocks, host_blocks=host_blocks, max_batch=6
+            4, k_min=least, blocks=blocks, host_blocks=host_blocks, max_batch=6, salts=salts
         ) as engine:
             heard, step = Heard(engine), engine.executor.step
 
@@ -435,7 +470,7 @@ class TestPreemption:
             for _ in range(120):
                 if left and draw.random() < 0.3:
                     engine.submit(left.pop())
-                if draw.random() < 0.3:
+                if draw.random() < restless:
                     engine.turn(draw.randint(least, 6))
                 if draw.random() < 0.05:
                     name = draw.choice([*requests])
@@ -448,6 +483,7 @@ class TestPreemption:
             heard.run()
             assert isinstance(heard.error("bad"), EngineError)
             assert engine.stats().swaps + engine.stats().recomputes > 0
+            assert (engine.stats().prefix_hit_tokens > 0) == (salts is not None)
             for name, asked in requests.items():
                 expected = oracle(asked)
                 if name in cancelled:

@@ -96,6 +96,18 @@ class Setting:
             [self.free.pop() for _ in range(-(-length // self.size))],
         )
 
+    def follow(self, other: Request, blocks: int, pieces: list[int]) -> Request:
+        """A request that goes on from the first `blocks` blocks of one that was served."""
+        own, done = self.request(pieces), blocks * self.size
+        for mine, others in ((own.q, other.q), (own.k, other.k), (own.v, other.v)):
+            mine[:] = [
+                torch.cat([theirs[:, :done], each], dim=1)
+                for theirs, each in zip(others, mine, strict=True)
+            ]
+        own.blocks[:0] = other.blocks[:blocks]
+        own.done = done
+        return own
+
     def serve(self, requests: list[Request], traits: AttentionTraits) -> list[list[Tensor]]:
         """Outputs [length, heads, v_dim] by request and layer, from one step per piece."""
         out: list[list[list[Tensor]]] = [[[] for _ in self.kv] for _ in requests]
@@ -129,6 +141,7 @@ class Setting:
         for request, layers in zip(requests, self.serve(requests, traits), strict=True):
             for layer, result in enumerate(layers):
                 truth = by_formula(request.q[layer], request.k[layer], request.v[layer], traits)
+                truth = truth[-len(result) :]
                 torch.testing.assert_close(result.double(), truth, atol=atol, rtol=atol)
 
 
@@ -188,6 +201,22 @@ BATCHES = {
 def test_grouped_heads_of_unequal_dims(lengths, traits):
     setting = Setting((LayerKV(2, 8, 6), LayerKV(2, 4, 4)), heads=4, block_tokens=4)
     setting.check([setting.request(each) for each in lengths], traits)
+
+
+def check_shared_blocks(traits: AttentionTraits) -> None:
+    """Rows and chunks that go on from the same blocks, in one step."""
+    setting = Setting((LayerKV(2, 8, 8), LayerKV(2, 4, 4)), heads=4, block_tokens=4)
+    first = setting.request([13])
+    setting.check([first], traits)
+    before = setting.cache._whole[first.blocks[:3]].clone()
+    followers = [setting.follow(first, 3, pieces) for pieces in ([1, 1], [5, 1], [1, 6], [1])]
+    setting.check(followers, traits)
+    assert torch.equal(setting.cache._whole[first.blocks[:3]], before), "they are only read"
+
+
+@pytest.mark.parametrize("traits", TRAITS.values(), ids=TRAITS)
+def test_rows_may_share_their_first_blocks(traits):
+    check_shared_blocks(traits)
 
 
 @pytest.mark.parametrize("traits", TRAITS.values(), ids=TRAITS)

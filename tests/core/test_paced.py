@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -277,7 +278,8 @@ def serving(config):
 
 
 def request(name: str, tokens: int = 8, length: int = 40, **rules) -> Request:
-    return Request(name, tuple(range(length)), SamplingParams(max_tokens=tokens, **rules))
+    prompt = (sum(map(ord, name)), *range(length - 1))  # no two begin alike
+    return Request(name, prompt, SamplingParams(max_tokens=tokens, **rules))
 
 
 class TestEngine:
@@ -299,6 +301,18 @@ class TestEngine:
         assert stats.streamed_units == stats.iterations * plan.k
         assert [heard.finish(name) for name in "abc"] == [FinishReason.LENGTH] * 3
         assert all(len(heard.tokens(name)) == 8 for name in "abc")
+
+    @pytest.mark.parametrize("caches", [True, False])
+    def test_a_prefix_is_computed_once_unless_the_configuration_says_no(self, tmp_path, caches):
+        with serving(far(tmp_path, prefix_caching=caches)) as (engine, _):
+            heard = Heard(engine)
+            for name in "ab":
+                engine.submit(replace(request("a"), id=name))
+                heard.run()
+            stats = engine.stats()
+        assert stats.prefix_hit_tokens == (32 if caches else 0)
+        assert heard.outputs["b"][0].cached_tokens == stats.prefix_hit_tokens
+        assert (stats.kv_cached_tokens > 0) == caches
 
     def test_everybody_is_told_that_it_is_paced(self, tmp_path):
         with serving(far(tmp_path)) as (_, info):

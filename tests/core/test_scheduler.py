@@ -22,6 +22,7 @@ from select_n_core.errors import (
     RequestError,
 )
 from select_n_core.kv.blocks import BlockTable
+from select_n_core.kv.names import Salts
 from select_n_core.slo import SLO
 
 MS = 1e-3
@@ -144,7 +145,7 @@ class TestLettingIn:
         assert str(error).startswith("the request waited 1 s and was not let in: the KV memory")
         assert error.retry_after_s > 0
         assert (queue.admitted, queue.returned) == (1, {Reason.KV: 1})
-        assert queue.take_entered() == ["large"]
+        assert queue.take_entered() == [("large", 0)]
         assert not queue.waiting
 
     def test_a_deadline_before_arrival_is_refused(self):
@@ -388,9 +389,12 @@ SLACK = SLO(tpot_s=10.0, ttft_s=1.0)
 COSTLY = LatencyModel(4, 0.1 * MS, ComputeModel(((1, 1 * MS), (64, 20 * MS)), 0.0, 0.0, 0.0, 0.0))
 
 
-def asked(name: str, prompt: int = 6, tokens: int = 10, **facts) -> Request:
-    seed = sum(map(ord, name))
-    ids = tuple((seed * 31 + place * 7) % VOCAB for place in range(prompt))
+def asked(
+    name: str, prompt: int = 6, tokens: int = 10, *, text: str = "", common: int = 0, **facts
+) -> Request:
+    """The first `common` tokens of the prompt are those of `text`, the others its own."""
+    seeds = [sum(map(ord, text if place < common else name)) for place in range(prompt)]
+    ids = tuple((seed * 31 + place * 7) % VOCAB for place, seed in enumerate(seeds))
     return Request(name, ids, SamplingParams(max_tokens=tokens), **facts)
 
 
@@ -610,11 +614,12 @@ def worlds(draw) -> Served:
         host_blocks=draw(st.sampled_from([0, 3, 30])),
         block_copy_s=draw(st.sampled_from([1e-9, 1e-4, 1.0])),
         max_batch=draw(st.integers(1, 6)),
+        salts=draw(st.sampled_from([None, Salts()])),
     )
 
 
 class Histories(RuleBasedStateMachine):
-    """Requests come, go and are cancelled while k turns, copies fail and the clock jumps."""
+    """Requests that begin alike come, go and are cancelled; k turns, copies fail, clocks jump."""
 
     @initialize(world=worlds())
     def make(self, world: Served) -> None:
@@ -625,15 +630,17 @@ class Histories(RuleBasedStateMachine):
     @rule(
         prompt=st.integers(1, 30),
         tokens=st.integers(1, 30),
+        common=st.integers(0, 30),
+        text=st.sampled_from("pq"),
         tenant=st.sampled_from("ab"),
         priority=st.integers(0, 2),
     )
-    def submit(self, prompt: int, tokens: int, tenant: str, priority: int) -> None:
+    def submit(self, prompt: int, tokens: int, **facts) -> None:
         most = self.world.scheduler.limits.max_tokens
         prompt = min(prompt, most - 1)
         tokens = min(tokens, most - prompt)
         name = str(len(self.asked))
-        self.asked[name] = asked(name, prompt, tokens, tenant=tenant, priority=priority)
+        self.asked[name] = asked(name, prompt, tokens, **facts)
         self.world.engine.submit(self.asked[name])
 
     @rule(seconds=st.sampled_from([-1e6, -10.0, 10.0, 1e6]))
@@ -662,7 +669,7 @@ class Histories(RuleBasedStateMachine):
         self.world.link.failing = copies
 
     @invariant()
-    def every_block_has_one_owner(self) -> None:
+    def every_block_is_free_or_has_its_owners(self) -> None:
         if hasattr(self, "world"):
             self.world.check_blocks()
 

@@ -45,7 +45,13 @@ def waiting(name: str, prompt: int = 10, expected: int = 0, **facts) -> RequestF
 
 def swapped(name: str, context: int, **facts) -> RequestFacts:
     facts = {"slack_s": 0.0, **facts}
-    return RequestFacts(name, context, 0, **facts)
+    return RequestFacts(name, context, 0, in_host=True, **facts)
+
+
+def cached(name: str, context: int, prompt: int, **facts) -> RequestFacts:
+    """The cache holds `context` tokens of its prompt."""
+    facts = {"slack_s": 1.0, "expected_tokens": prompt, **facts}
+    return RequestFacts(name, context, prompt - context, **facts)
 
 
 def state(running=(), waiting=(), **changes) -> StepState:
@@ -168,6 +174,26 @@ class TestAdmission:
         queue = [waiting("a", prompt=16, expected=200), waiting("b", arrived_s=1)]
         assert plan(waiting=queue, free_blocks=1).admit == ("a",)
 
+    def test_a_cached_prefix_is_not_computed_and_takes_its_blocks_at_once(self):
+        decision = plan(waiting=[cached("c", 48, prompt=60)], free_blocks=4)
+        assert (decision.admit, decision.rows) == (("c",), (("c", 12),))
+        both = [cached("c", 48, prompt=60), waiting("w", prompt=40, arrived_s=1)]
+        decision = plan([decoding("r", context=64, blocks=5)], both, free_blocks=7)
+        assert dict(decision.rows) == {"r": 1, "c": 12, "w": 40}
+        assert plan([decoding("r", context=64, blocks=5)], both, free_blocks=6).admit == ("c",)
+
+    def test_blocks_that_others_own_need_not_be_free(self):
+        running = decoding("r", context=64, blocks=5)
+        queue = [cached("c", 48, prompt=60, shared=3)]
+        assert plan([running], queue, free_blocks=1).admit == ("c",)
+        assert plan([running], queue, free_blocks=0).admit == ()
+        assert plan([running], [cached("c", 48, prompt=60, shared=2)], free_blocks=1).admit == ()
+
+    def test_one_that_has_but_its_last_token_to_compute_decodes_from_the_next_step_on(self):
+        recomputed = RequestFacts("c", 48, 0, slack_s=0.0, expected_tokens=60)
+        decision = plan(waiting=[recomputed], free_blocks=4)
+        assert (decision.admit, decision.rows) == (("c",), ())
+
     def test_a_small_one_passes_a_large_one_that_has_time(self):
         queue = [waiting("large", prompt=90), waiting("small", arrived_s=1)]
         assert plan([decoding("r")], queue, free_blocks=3).admit == ("small",)
@@ -237,6 +263,23 @@ class TestBlocks:
         decision = plan(full, free_blocks=1)
         assert [victim.id for victim in decision.preempt] == ["c"]
         assert dict(decision.rows) == {"a": 1, "b": 1}
+
+    def test_shared_blocks_do_not_come_free_when_one_of_their_owners_leaves(self):
+        full = [decoding(name, context=64, blocks=4, priority=-i) for i, name in enumerate("abc")]
+        shared = {"b": 3, "c": 3}
+        decision = plan(full, free_blocks=1, shared_of=lambda name: shared.get(name, 0))
+        assert [victim.id for victim in decision.preempt] == ["c"]
+        decision = plan(full, free_blocks=0, shared_of=lambda _: 4)
+        assert [victim.id for victim in decision.preempt] == ["c", "b", "a"]
+
+    def test_what_one_shares_with_those_it_evicts_must_be_free_for_it(self):
+        running = [decoding("r", context=64, blocks=5)]
+        vip = cached("vip", 48, prompt=64, shared=3, priority=1)
+        assert plan(running, [vip], free_blocks=1).preempt == ()
+        taken = plan(running, [vip], free_blocks=0)
+        assert ([victim.id for victim in taken.preempt], taken.admit) == (["r"], ("vip",))
+        larger = replace(vip, prompt_left=33, expected_tokens=81)
+        assert plan(running, [larger], free_blocks=0).preempt == ()
 
     def test_it_may_be_the_one_that_needs_a_block_itself(self):
         roomy, full = decoding("a", priority=1), decoding("b", context=64, blocks=4)
@@ -398,12 +441,13 @@ def states(draw):
         "waited_s": st.floats(0, 60),
         "arrived_s": st.floats(0, 100),
     }
-    running = []
+    running, shared = [], {}
     for number in range(count):
         context = draw(st.integers(0, 300))
         left = draw(st.one_of(st.just(0), st.integers(1, 200)))
         blocks = -(-context // SIZE) + draw(st.integers(0, 1))
         facts = {name: draw(value) for name, value in common.items()}
+        shared[f"r{number}"] = draw(st.integers(0, context // SIZE))
         expected = context + max(1, left) + draw(st.integers(0, 100))
         running.append(
             RequestFacts(
@@ -420,13 +464,18 @@ def states(draw):
     queue = []
     for number in range(draw(st.integers(0, 6))):
         context = draw(st.one_of(st.just(0), st.integers(1, 300)))
-        left = draw(st.integers(0 if context else 1, 300))
         facts = {name: draw(value) for name, value in common.items()}
+        facts["in_host"] = context > 0 and draw(st.booleans())
+        if not facts["in_host"]:
+            context -= context % SIZE
+        facts["shared"] = draw(st.integers(0, context // SIZE)) if running else 0
+        left = draw(st.integers(0 if context else 1, 300))
         expected = context + max(1, left) + draw(st.integers(0, 100))
         queue.append(
             RequestFacts(f"w{number}", context, left, draw(st.floats(-1, 1)), 0, expected, **facts)
         )
-    free = draw(st.integers(0, 40))
+    cached = [each.context_tokens // SIZE - each.shared for each in queue if not each.in_host]
+    free = max([draw(st.integers(0, 40)), *cached])
     k = draw(st.integers(0, 10))
     return StepState(
         running=tuple(running),
@@ -450,6 +499,7 @@ def states(draw):
         dwell_s=draw(st.floats(0, 40)),
         reserve=draw(st.floats(0, 0.5)),
         levels={name: draw(st.floats(0, 3000)) for name in "xyz"},
+        shared_of=shared.__getitem__,
     )
 
 
@@ -495,8 +545,10 @@ def test_a_step_never_breaks_its_limits_and_never_forgets_who_decodes(now):
 def test_the_blocks_that_a_step_takes_are_there(now):
     decision = plan_step(now, MODEL)
     facts = {request.id: request for request in (*now.running, *now.waiting)}
-    free = now.free_blocks + sum(facts[victim.id].blocks for victim in decision.preempt)
+    free = now.free_blocks + sum(now.freed_by(facts[victim.id]) for victim in decision.preempt)
     need = sum(now.blocks_of(facts[name].context_tokens) for name in decision.admit)
+    if not decision.preempt:  # what is shared with one that leaves may be among what comes free
+        need -= sum(facts[name].shared for name in decision.admit)
     for name, tokens in decision.rows:
         request = facts[name]
         owned = request.blocks or (name in decision.admit and now.blocks_of(request.context_tokens))
