@@ -117,9 +117,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The verdict, before prefill: the call is let in, and has KV memory and a place."""
+    """The verdict, before prefill: the call is let in, and has KV memory and a place.
+
+    Attributes:
+        cached_tokens: of the prompt's, those that the replica need not compute again.
+    """
 
     prompt_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

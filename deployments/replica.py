@@ -108,11 +108,12 @@ class Replica:
         # An engine client's iterator is an async generator: closing it cancels the request.
         outputs = cast(AsyncGenerator[Output, None], self._client.generate(request))
         async with aclosing(outputs):
-            first = self._chunk(await anext(outputs), text)  # the engine's verdict
+            verdict = await anext(outputs)
+            first = self._chunk(verdict, text)
             if isinstance(first, Failure):
                 yield first
                 return
-            yield Accepted(prompt_tokens=len(request.prompt))
+            yield Accepted(len(request.prompt), verdict.cached_tokens)
             async for output in outputs:
                 chunk = self._chunk(output, text)
                 yield chunk

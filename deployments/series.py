@@ -233,6 +233,26 @@ REPLICA_SERIES = (
         _value(lambda report: report.stats.kv_free_tokens),
     ),
     ReplicaSeries(
+        "select_n.kv.cached_tokens",
+        "{token}",
+        "Of the KV capacity left, that which holds prefixes until somebody needs it.",
+        _value(lambda report: report.stats.kv_cached_tokens),
+    ),
+    ReplicaSeries(
+        "select_n.prefix_cache.queried_tokens",
+        "{token}",
+        "Prompt tokens of the sequences that the engine let in.",
+        _value(lambda report: report.stats.prefix_queried_tokens),
+        counter=True,
+    ),
+    ReplicaSeries(
+        "select_n.prefix_cache.hit_tokens",
+        "{token}",
+        "Those of them that it need not compute again.",
+        _value(lambda report: report.stats.prefix_hit_tokens),
+        counter=True,
+    ),
+    ReplicaSeries(
         "select_n.kv.tokens",
         "{token}",
         "KV capacity in all.",

@@ -42,15 +42,17 @@ class Answer:
         self._timer = timer
         self._charge = charge
         self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._completion_tokens = 0
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, int | dict[str, int]]:
         """Tokens so far, as OpenAI counts them: a prompt once, however many choices it has."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
 
     async def open(self) -> None:
@@ -76,6 +78,7 @@ class Answer:
             )
         if number % self._choices_per_prompt == 0:
             self._prompt_tokens += verdict.prompt_tokens
+            self._cached_tokens += verdict.cached_tokens
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """Every sequence's deltas with its index; raises FailureError when one breaks.

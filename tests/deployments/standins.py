@@ -77,6 +77,7 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
         self.health: EngineError | None = None
+        self.cached_tokens = 0
         self.now = EngineStats(
             k=10,
             interval=3.0,
@@ -118,7 +119,7 @@ class ScriptedEngine:
             if self._refusal:
                 finished = True
                 raise self._refusal
-            yield Output(request.id)  # accepted
+            yield Output(request.id, cached_tokens=self.cached_tokens)  # accepted
             async for output in self._outputs(request):
                 finished = output.finish is not None
                 yield output

@@ -19,6 +19,7 @@ def test_a_chat_is_answered_whole(says):
         "prompt_tokens": prompt,
         "completion_tokens": 11,
         "total_tokens": prompt + 11,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -43,6 +44,16 @@ def test_a_stream_reports_usage_at_its_end_when_asked(says):
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize(("prompt", "cached"), [("Hello", 3), (["Hello", "there"], 6)])
+def test_usage_tells_how_much_of_every_prompt_was_cached(says, prompt, cached):
+    client = says("ab")
+    client.engine.cached_tokens = 3
+    usage = client.complete(prompt=prompt, n=2, seed=0).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": cached}
+    *_, last, _ = client.stream(stream_options={"include_usage": True})
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
 def test_the_first_token_does_not_wait_for_the_second(says):
@@ -89,7 +100,12 @@ def test_n_choices_come_from_consecutive_seeds(says):
     answer = client.complete(n=3, seed=1).json()
     assert [choice["text"] for choice in answer["choices"]] == ["bcdef", "cdef", "def"]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 12, "total_tokens": 14}
+    usage = answer["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (
+        2,
+        12,
+        14,
+    )
 
 
 def test_n_choices_are_streamed_side_by_side(says):

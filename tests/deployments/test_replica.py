@@ -23,6 +23,13 @@ async def test_the_verdict_comes_before_any_token(text):
     assert engine.cancelled == ["a"]
 
 
+async def test_the_verdict_says_how_much_of_the_prompt_was_cached(text):
+    engine = ScriptedEngine(text, "ab")
+    engine.cached_tokens = 1
+    verdict, *_ = await chunks(replica(engine, text), Call("a", "Hi"))
+    assert verdict == Accepted(prompt_tokens=2, cached_tokens=1)
+
+
 async def test_a_call_ends_in_one_finish(text):
     verdict, *deltas = await chunks(replica(ScriptedEngine(text, "ab"), text), Call("a", "Hi"))
     assert verdict == Accepted(prompt_tokens=2)

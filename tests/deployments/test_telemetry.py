@@ -125,6 +125,9 @@ def test_a_replica_exports_its_units_link_and_queue(text, exported):
         running=3,
         waiting=2,
         kv_free_tokens=40,
+        kv_cached_tokens=30,
+        prefix_queried_tokens=500,
+        prefix_hit_tokens=320,
         stall_s=1.5,
         link_bytes_by={("h2d", "weights"): 1 << 40, ("d2h", "kv"): 5},
         swaps=6,
@@ -158,7 +161,10 @@ def test_a_replica_exports_its_units_link_and_queue(text, exported):
     assert exported.values("select_n.running_requests") == [({}, 3)]
     assert exported.values("select_n.waiting_requests") == [({}, 2)]
     assert exported.values("select_n.kv.free_tokens") == [({}, 40)]
+    assert exported.values("select_n.kv.cached_tokens") == [({}, 30)]
     assert exported.values("select_n.kv.tokens") == [({}, 1000)]
+    assert exported.values("select_n.prefix_cache.queried_tokens") == [({}, 500)]
+    assert exported.values("select_n.prefix_cache.hit_tokens") == [({}, 320)]
 
 
 def test_a_replicas_series_have_units_and_what_only_grows_is_a_counter(text, exported):
@@ -179,7 +185,10 @@ def test_a_replicas_series_have_units_and_what_only_grows_is_a_counter(text, exp
         "select_n.running_requests": "{request}",
         "select_n.waiting_requests": "{request}",
         "select_n.kv.free_tokens": "{token}",
+        "select_n.kv.cached_tokens": "{token}",
         "select_n.kv.tokens": "{token}",
+        "select_n.prefix_cache.queried_tokens": "{token}",
+        "select_n.prefix_cache.hit_tokens": "{token}",
         "select_n.iterations": "{iteration}",
         "select_n.iteration": "s",
         "select_n.predicted_iteration": "s",
@@ -191,6 +200,8 @@ def test_a_replicas_series_have_units_and_what_only_grows_is_a_counter(text, exp
         "select_n.iterations",
         "select_n.engine.admissions",
         "select_n.preemptions",
+        "select_n.prefix_cache.queried_tokens",
+        "select_n.prefix_cache.hit_tokens",
     }
 
 
