@@ -5,7 +5,8 @@
 Everything but the model is real: `plan_step`, the block table, the tenants' counters. A virtual
 clock advances by the predicted time of each step, so that slack, misses, turns of k, admissions
 and preemptions come about as they would while serving. Prompts and answers are drawn at random;
-answers are longer than expected, so that blocks run out. A cache that is swapped out moves no
+every other prompt begins as many of its tenant do, and what is cached of it is shared. Answers are
+longer than expected, so that blocks run out. A cache that is swapped out moves no
 bytes here: what is timed is deciding and keeping the books, per iteration, arrivals and ends
 included. Moving the edge of the block table when k turns is the executor's work, and stands apart.
 """
@@ -28,12 +29,15 @@ from select_n_core.engine.residence import Swapping
 from select_n_core.engine.scheduler import Limits, Scheduler, Turning
 from select_n_core.engine.sequence import Turn
 from select_n_core.kv.blocks import BlockTable
+from select_n_core.kv.names import Salts
 from select_n_core.slo import SLO
 
 GOAL_S = 1e-3  # p99 per iteration
 BLOCK_TOKENS = 32
 PROMPT, OUTPUT, EXPECTED = (32, 512), (16, 384), 64
 TENANTS, CLASSES = 8, 3
+COMMON = 128  # tokens at most with which a tenant's prompts begin that begin alike
+VOCABULARY = 1000
 # The shape of an 8B model on a 24 GB/s link: 32 layers, 436 MB each.
 MODEL = LatencyModel(
     units=32,
@@ -60,9 +64,9 @@ class HostBook:
         self.free_blocks -= len(blocks)
         self._kept[owner] = len(blocks)
 
-    def bring_back(self, owner: str, blocks: list[Any]) -> None:
+    def bring_back(self, owner: str, blocks: list[Any], skip: int) -> None:
         """Nothing moves."""
-        assert len(blocks) == self._kept[owner]
+        assert skip + len(blocks) == self._kept[owner]
 
     def settle(self, owner: str) -> None:
         """Give the blocks back."""
@@ -78,6 +82,7 @@ class Load:
 
     def __init__(self, running: int, waiting: int, k: int, seed: int) -> None:
         self._random = random.Random(seed)
+        self._beginnings = [self._text(COMMON) for _ in range(TENANTS)]
         self._waiting = waiting
         self._count = 0
         self.now_s = 0.0
@@ -93,7 +98,7 @@ class Load:
                 max_step_tokens=running + 512,
                 max_queue=4 * waiting,
                 max_tokens=PROMPT[1] + OUTPUT[1],
-                vocab_size=1000,
+                vocab_size=VOCABULARY,
                 expected_output=EXPECTED,
             ),
             slo=SLO(tpot_s=0.4, ttft_s=5.0),
@@ -104,6 +109,7 @@ class Load:
             clock=lambda: self.now_s,
             swapping=Swapping(HostBook(1000), lambda block: block, 0.2e-3),
             turning=Turning(0, lambda: 20, tuple(len(self._ids(k)) for k in range(21))),
+            salts=Salts(),
         )
 
     def iterate(self) -> tuple[float, float, int]:
@@ -167,13 +173,19 @@ class Load:
     def _request(self) -> Request:
         self._count += 1
         draw = self._random
+        tenant = draw.randrange(TENANTS)
+        begins = self._beginnings[tenant] if self._count % 2 else ()
+        prompt = begins + self._text(PROMPT[1])
         return Request(
             str(self._count),
-            tuple(draw.choices(range(1000), k=draw.randint(*PROMPT))),
+            prompt[: draw.randint(*PROMPT)],
             SamplingParams(max_tokens=draw.randint(*OUTPUT)),
-            tenant=f"tenant{draw.randrange(TENANTS)}",
+            tenant=f"tenant{tenant}",
             priority=draw.randrange(CLASSES),
         )
+
+    def _text(self, tokens: int) -> tuple[int, ...]:
+        return tuple(self._random.choices(range(VOCABULARY), k=tokens))
 
 
 def main() -> None:
@@ -211,6 +223,7 @@ def _run(arguments: argparse.Namespace, k: int) -> dict[str, Any]:
     seen = [load.iterate() for _ in range(arguments.iterations)]
     times_s, cpu_s, running = (list(column) for column in zip(*seen, strict=True))
     after = (load.scheduler.swaps, load.scheduler.recomputes, len(load.resizes_s))
+    prefixes = load.scheduler.prefixes
     swaps, recomputes, turns = (now - then for now, then in zip(after, before, strict=True))
     return {
         "k": k,
@@ -220,6 +233,7 @@ def _run(arguments: argparse.Namespace, k: int) -> dict[str, Any]:
         "swaps": swaps,
         "recomputes": recomputes,
         "turns_of_k": turns,
+        "cached_share_of_prompts": prefixes.hit_tokens / prefixes.queried_tokens,
         "resize_median_s": float(np.median(load.resizes_s)) if load.resizes_s else None,
         "p50_s": float(np.percentile(times_s, 50)),
         "p99_s": float(np.percentile(times_s, 99)),
@@ -233,6 +247,7 @@ def _line(run: dict[str, Any]) -> str:
         f"k = {run['k']} to {run['k_at_the_end']}, {run['running_median']:.0f} running: "
         f"p50 {run['p50_s'] * 1e6:.0f} us, p99 {run['p99_s'] * 1e6:.0f} us "
         f"({run['p99_cpu_s'] * 1e6:.0f} us of CPU time), worst {run['worst_s'] * 1e3:.2f} ms; "
+        f"{run['cached_share_of_prompts']:.0%} of prompts cached, "
         f"{run['swaps']} swaps, {run['recomputes']} recomputes, "
         f"{run['turns_of_k']} turns of k in {run['iterations']} iterations"
     )

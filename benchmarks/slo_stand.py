@@ -73,6 +73,7 @@ class Stand:
                 "slo": {"tpot": self.targets.tpot_s, "ttft": self.targets.ttft_s},
                 "max_batch": MAX_BATCH,
                 "max_queue": 4 * MAX_BATCH,
+                "prefix_caching": False,  # the load's prompts are all alike
                 "engine": self.engine,
                 "workload": {
                     "prompt_tokens": PROMPT.mean,
