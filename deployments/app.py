@@ -52,9 +52,10 @@ Load = Callable[[ModelConfig], Awaitable[tuple[TextCodec, EngineClient]]]
 async def load(model: ModelConfig) -> tuple[TextCodec, EngineClient]:
     """The text side of a model and its engine, not started yet."""
     from select_n_core.engine.factory import create_client
-    from select_n_core.models.source import resolve
+    from select_n_core.models.source import resolve, resolve_text
 
-    directory = await asyncio.to_thread(resolve, model.source)
+    find = resolve if model.compute is None else resolve_text
+    directory = await asyncio.to_thread(find, model.source)
     codec = await asyncio.to_thread(TextCodec.load, directory)
     return codec, create_client(model)
 

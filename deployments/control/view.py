@@ -74,6 +74,7 @@ def _replica(report: ReplicaReport, now_s: float) -> dict[str, Any]:
         "mirrored": report.mirrored,
         "mirrored_bytes": report.mirrored_bytes,
         "lease_bytes": report.lease_bytes,
+        "compute_kind": report.compute_kind,
         "link_kind": report.link_kind,
         "link_bytes_per_s": report.link_bytes_per_s,
         "running": report.running,
