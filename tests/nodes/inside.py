@@ -25,6 +25,7 @@ from benchmarks.cluster_stand import Stand, source
 from benchmarks.cluster_watch import Watch, mapped_by
 from benchmarks.slo_load import Lengths, Phase
 from select_n_core.memory.domain import find_domain
+from select_n_core.slo import SLO
 
 assert inside(), "run test_nodes.py: these tests need namespaces of their own"
 
@@ -40,9 +41,13 @@ def models(tmp_path_factory):
     """`alpha` on all three nodes, `beta` on one of them."""
     scratch = tmp_path_factory.mktemp("models")
     stand = Stand(RECORD, scratch)
-    text = str(save_tokenizer(scratch / "text"))
+    facts = {
+        "source": str(save_tokenizer(scratch / "text")),
+        "host_bytes": 100 * MIB,
+        "targets": SLO(tpot_s=0.2, ttft_s=8.0),
+    }
     return stand, {
-        name: stand.model(name, 1, 256, source=text, replicas=replicas, host_bytes=100 * MIB)
+        name: stand.model(name, 1, 256, replicas=replicas, **facts)
         for name, replicas in (("alpha", 3), ("beta", 1))
     }
 
@@ -132,8 +137,8 @@ async def test_both_models_answer_and_every_node_serves(nodes):
             return usage[-1].completion_tokens
 
         before = {each.replica: each.admitted for each in watch.replicas()}
-        answers = await asyncio.gather(*(ask(name) for name in ["alpha", "beta"] * 24))
-        assert answers == [8] * 48
+        answers = await asyncio.gather(*(ask(name) for name in ["alpha", "beta"] * 12))
+        assert answers == [8] * 24
 
         def has_served(seen: Watch) -> bool:
             return all(each.admitted > before[each.replica] for each in seen.replicas())
