@@ -72,7 +72,7 @@ def score(
     return Score(
         offered=len(own),
         admitted=len(admitted),
-        ended=Counter(each.ended for each in own if each.ended not in ("length", "stop")),
+        ended=dict(Counter(each.ended for each in own if each.ended not in ("length", "stop"))),
         ttft=Share(sum(map(in_time, admitted)), len(admitted)),
         tpot=Share(sum(map(at_pace, admitted)), len(admitted)),
         good=Share(good, len(own)),

@@ -1,6 +1,7 @@
 """The cluster benchmark without a cluster: its load over HTTP, its arithmetic, what it keeps."""
 
 import asyncio
+import json
 import sys
 import time
 from contextlib import asynccontextmanager
@@ -131,7 +132,8 @@ def test_a_score_holds_admitted_requests_to_their_targets_and_counts_all_that_we
     assert (found.good.met, found.good.of) == (1, 5)
     assert (found.goodput_per_s, found.tokens_per_s) == (0.1, 5.0)
     assert found.ended == {"unavailable": 1, "overloaded_kv": 1, "cut": 1}
-    assert found.document()["good"]["share"] == 0.2
+    assert json.loads(json.dumps(found.document()))["good"]["share"] == 0.2
+    assert found.document()["ended"] == found.ended
 
 
 def test_shares_are_of_those_who_were_backlogged_all_through_a_window():
