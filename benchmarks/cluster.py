@@ -5,8 +5,9 @@
     python -m benchmarks.cluster --again              (print and write what is there)
 
 Sections: `budget` (one node, two models, 60% of the host memory that both want, load that moves),
-`feedback` (one of two links is halved; age of the facts), `tenants` (three nodes, two models, four
-tenants, unequal links, three routers), `faults` (controller kept down, replica killed, node lost).
+`feedback` (one of two links is halved; age of the facts), `admission` (what an ingress' decision
+costs), `tenants` (three nodes, two models, four tenants, unequal links, three routers), `faults`
+(controller kept down, replica killed, node lost).
 Everything is the product's, from HTTP to the link; only compute is *paced* by a committed record,
 scaled so that the replicas fit on the machine. Parts are kept and used again while setup and source
 are the same. A part in which the machine was above 80% busy is void.
@@ -25,7 +26,7 @@ from typing import Any
 from benchmarks import cluster_nodes
 
 RECORD = cluster_nodes.ROOT / "benchmarks" / "records" / "smollm2-135m-instruct.json"
-SECTIONS = ("budget", "feedback", "tenants", "faults")
+SECTIONS = ("budget", "feedback", "admission", "tenants", "faults")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(arguments: argparse.Namespace) -> None:
     """Measure the sections that are missing, and publish all that is there."""
     from benchmarks import (
+        cluster_admission,
         cluster_budget,
         cluster_faults,
         cluster_feedback,
@@ -70,6 +72,7 @@ def measure(arguments: argparse.Namespace) -> None:
     sections = {
         "budget": cluster_budget,
         "feedback": cluster_feedback,
+        "admission": cluster_admission,
         "tenants": cluster_tenants,
         "faults": cluster_faults,
     }

@@ -179,11 +179,11 @@ def _engines_actor(process: psutil.Process) -> tuple[str, int] | None:
         if "select_n_core.engine.child" in process.cmdline():
             actor = process.parent()
             if actor is not None and "ServeReplica" in (title := " ".join(actor.cmdline())):
-                return _deployment(title), actor.pid
+                return deployment_of(title), actor.pid
     return None
 
 
-def _deployment(title: str) -> str:
+def deployment_of(title: str) -> str:
     """Of a title ray::ServeReplica:APPLICATION:DEPLOYMENT, with what it does behind a dot."""
     found = re.search(r"ServeReplica:[^:]+:([\w-]+)", title)
     return "" if found is None else found[1]

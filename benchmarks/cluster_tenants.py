@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from benchmarks.cluster_link import NodeLink
@@ -52,21 +53,15 @@ def measure(stand: Stand, store: Store) -> dict[str, Any] | None:
     slow = [replace(model, link_bytes_per_s=model.link_bytes_per_s / 2) for model in models]
     rate_per_s = best(models[0])[1] + (_REPLICAS - 1) * best(slow[0])[1]
     setup = stand.setup(rate_per_s=rate_per_s, phases=[str(p) for p in _PHASES], phase_s=_PHASE_S)
-    found = {
-        name: store.part(
-            f"tenants-{name}",
-            setup,
-            lambda run=run: _run(stand, run[0], run[1], models, rate_per_s),  # type: ignore[misc]
-        )
-        for name, run in {
-            "headroom": (models, {}),
-            "power-of-two": (models, {"routing": "power_of_two"}),
-            "no-admission": (
-                [_open(each) for each in models],
-                {"routing": "power_of_two"},
-            ),
-        }.items()
+    routers: dict[str, tuple[list[PacedModel], dict[str, Any]]] = {
+        "headroom": (models, {}),
+        "power-of-two": (models, {"routing": "power_of_two"}),
+        "no-admission": ([_open(each) for each in models], {"routing": "power_of_two"}),
     }
+    found = {}
+    for name, (served, args) in routers.items():
+        run = partial(_run, stand, served, args, models, rate_per_s)
+        found[name] = store.part(f"tenants-{name}", setup, run)
     rows = {name: each for name, each in found.items() if each is not None}
     if "headroom" not in rows:
         return None

@@ -14,6 +14,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.handle import DeploymentHandle
 
 from deployments.backend import HandleBackend
+from deployments.calls import Backend
 from deployments.control.cache import SnapshotCache
 from deployments.control.messages import ReplicaReport
 from deployments.control.node_budget import NodeBudget
@@ -26,7 +27,7 @@ from deployments.http.live import LiveRequests
 from deployments.http.metrics import IngressMetrics
 from deployments.naming import INGRESS, deployment_name
 from deployments.replica import Replica
-from deployments.routing.attempts import RoutedBackend
+from deployments.routing.attempts import RoutedBackend, Told
 from deployments.routing.pilot import Pilot
 from deployments.routing.router import ROUTER
 from deployments.sizing import SMALL_CPUS, actor_options
@@ -130,12 +131,12 @@ class IngressDeployment:
         api.add_middleware(self._live.middleware)
         return api
 
-    def _backend(self, model: ModelConfig, metrics: IngressMetrics) -> RoutedBackend:
-        return RoutedBackend(
+    def _backend(self, model: ModelConfig, metrics: IngressMetrics) -> Backend:
+        return routed(
             HandleBackend(self._handles[model.name], model.name),
             Pilot(self._name, model.name, model.slo.targets(), self._cluster),
-            stream_timeout_s=self._args.stream_timeout,
-            retried=metrics.retried(model.name),
+            self._args,
+            metrics.retried(model.name),
         )
 
     @asynccontextmanager
@@ -152,6 +153,13 @@ class IngressDeployment:
         """Wait until no request is being answered, or `timeout_s`; then the last metrics leave."""
         await self._live.none_left(timeout_s)
         await self._telemetry.close()
+
+
+def routed(replicas: Backend, pilot: Pilot, args: ServeArgs, retried: Told) -> Backend:
+    """A model's replicas behind whoever chooses among them; see `ServeArgs.routing`."""
+    if args.routing == "power_of_two":
+        return replicas
+    return RoutedBackend(replicas, pilot, stream_timeout_s=args.stream_timeout, retried=retried)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

@@ -8,13 +8,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from reports import report
 from standins import HANG, MODEL
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks import cluster, cluster_budget, cluster_faults, cluster_feedback, cluster_tenants
+from benchmarks import (
+    cluster,
+    cluster_admission,
+    cluster_budget,
+    cluster_faults,
+    cluster_feedback,
+    cluster_tenants,
+)
 from benchmarks.cluster_load import Load, Outcome, Seen, Source
-from benchmarks.cluster_nodes import _deployment
+from benchmarks.cluster_nodes import deployment_of
 from benchmarks.cluster_score import (
     Point,
     by_second,
@@ -245,9 +253,9 @@ def test_the_configuration_is_one_that_the_product_takes(stand):
 
 
 def test_a_replicas_title_tells_its_deployment():
-    assert _deployment("ray::ServeReplica:serve:model-alpha") == "model-alpha"
-    assert _deployment("ray::ServeReplica:serve:model-alpha.generate()") == "model-alpha"
-    assert _deployment("ray::ProxyActor") == ""
+    assert deployment_of("ray::ServeReplica:serve:model-alpha") == "model-alpha"
+    assert deployment_of("ray::ServeReplica:serve:model-alpha.generate()") == "model-alpha"
+    assert deployment_of("ray::ProxyActor") == ""
 
 
 # What is kept
@@ -272,5 +280,19 @@ def test_a_part_is_measured_once_for_its_setup_and_again_where_it_was_void(tmp_p
 
 def test_nothing_is_published_of_sections_that_were_never_measured(stand, tmp_path):
     again = Store(tmp_path / "parts", again=True)
-    for section in (cluster_budget, cluster_feedback, cluster_tenants, cluster_faults):
+    for section in (
+        cluster_admission,
+        cluster_budget,
+        cluster_feedback,
+        cluster_tenants,
+        cluster_faults,
+    ):
         assert section.measure(stand, again) is None
+
+
+def test_every_decision_is_timed_over_sixteen_replicas(stand):
+    model = stand.model("alpha", 1, 256)
+    reports = [report(name, model=model.name, measured_at_s=5.0) for name in "ab"]
+    took_s = cluster_admission.decisions(model, reports, cluster_admission.UNDER_WAY + 50)
+    assert len(took_s) == 50
+    assert min(took_s) > 0
