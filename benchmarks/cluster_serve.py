@@ -222,10 +222,3 @@ def is_healthy() -> bool:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
-
-
-def shut_down() -> None:
-    """End everything that is served, the nodes stay."""
-    from ray import serve
-
-    serve.shutdown()
