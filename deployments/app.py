@@ -14,6 +14,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.handle import DeploymentHandle
 
 from deployments.backend import HandleBackend
+from deployments.calls import Backend
 from deployments.control.cache import SnapshotCache
 from deployments.control.lessee import HostLessee
 from deployments.control.messages import Receipt, ReplicaReport
@@ -27,7 +28,7 @@ from deployments.http.live import LiveRequests
 from deployments.http.metrics import IngressMetrics
 from deployments.naming import INGRESS, deployment_name
 from deployments.replica import Replica
-from deployments.routing.attempts import RoutedBackend
+from deployments.routing.attempts import RoutedBackend, Told
 from deployments.routing.pilot import Pilot
 from deployments.routing.router import ROUTER
 from deployments.sizing import SMALL_CPUS, actor_options
@@ -53,9 +54,10 @@ Load = Callable[[ModelConfig], Awaitable[tuple[TextCodec, EngineClient]]]
 async def load(model: ModelConfig) -> tuple[TextCodec, EngineClient]:
     """The text side of a model and its engine, not started yet."""
     from select_n_core.engine.factory import create_client
-    from select_n_core.models.source import resolve
+    from select_n_core.models.source import resolve, resolve_text
 
-    directory = await asyncio.to_thread(resolve, model.source)
+    find = resolve if model.compute is None else resolve_text
+    directory = await asyncio.to_thread(find, model.source)
     codec = await asyncio.to_thread(TextCodec.load, directory)
     return codec, create_client(model)
 
@@ -146,12 +148,12 @@ class IngressDeployment:
         api.add_middleware(self._live.middleware)
         return api
 
-    def _backend(self, model: ModelConfig, metrics: IngressMetrics) -> RoutedBackend:
-        return RoutedBackend(
+    def _backend(self, model: ModelConfig, metrics: IngressMetrics) -> Backend:
+        return routed(
             HandleBackend(self._handles[model.name], model.name),
             Pilot(self._name, model.name, model.slo.targets(), self._cluster),
-            stream_timeout_s=self._args.stream_timeout,
-            retried=metrics.retried(model.name),
+            self._args,
+            metrics.retried(model.name),
         )
 
     @asynccontextmanager
@@ -168,6 +170,13 @@ class IngressDeployment:
         """Wait until no request is being answered, or `timeout_s`; then the last metrics leave."""
         await self._live.none_left(timeout_s)
         await self._telemetry.close()
+
+
+def routed(replicas: Backend, pilot: Pilot, args: ServeArgs, retried: Told) -> Backend:
+    """A model's replicas behind whoever chooses among them; see `ServeArgs.routing`."""
+    if args.routing == "power_of_two":
+        return replicas
+    return RoutedBackend(replicas, pilot, stream_timeout_s=args.stream_timeout, retried=retried)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

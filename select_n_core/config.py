@@ -209,10 +209,17 @@ class ModelConfig(Strict):
 
 
 class ServeArgs(Strict):
-    """The `args` of the application `serve`."""
+    """The `args` of the application `serve`.
+
+    Attributes:
+        stream_timeout: of silence, after which an answer counts as lost.
+        routing: who chooses a request's replica: `headroom`, by the room that replicas report; or
+            `power_of_two`, Ray Serve by their queues, the baseline. Replicas admit either way.
+    """
 
     models: Annotated[list[ModelConfig], Field(min_length=1)]
     stream_timeout: Annotated[Seconds, Field(gt=0)] = 60.0
+    routing: Literal["headroom", "power_of_two"] = "headroom"
 
     @field_validator("models")
     @classmethod

@@ -134,7 +134,7 @@ def _replicas(document: dict[str, Any]) -> Table:
     )  # fmt: skip
     for each in document["replicas"]:
         table.add_row(
-            each["model"],
+            each["model"] if each["compute_kind"] == "real" else f"{each['model']} (paced)",
             each["replica"],
             _short(each["node"]),
             "off" if each["interval"] is None else f"{each['interval']:.2f}",

@@ -27,6 +27,7 @@ class ReplicaReport:
         units, k_min, k, k_most: of the model; streamed now, and the range in which k may move.
         mirrored, mirrored_bytes: units with a copy in host memory, and what the copies take.
         lease_bytes: what they may take.
+        compute_kind: `real`, or `paced` where a record's times stand in for a device.
         link_kind, link_bytes_per_s: the host-device path and what it carries, each direction.
         running, waiting: requests.
         kv_free_tokens, kv_tokens: KV capacity left and in all.
@@ -51,6 +52,7 @@ class ReplicaReport:
     mirrored: int
     mirrored_bytes: int
     lease_bytes: int
+    compute_kind: str
     link_kind: str
     link_bytes_per_s: float
     running: int
@@ -90,6 +92,7 @@ class ReplicaReport:
             mirrored=stats.mirrored,
             mirrored_bytes=stats.host_bytes,
             lease_bytes=stats.lease_bytes,
+            compute_kind=info.compute_kind,
             link_kind=info.link_kind,
             link_bytes_per_s=info.link_bytes_per_s,
             running=stats.running,

@@ -84,6 +84,7 @@ def _replica(report: ReplicaReport, now_s: float) -> dict[str, Any]:
         "mirrored_bytes": report.mirrored_bytes,
         "lease_bytes": report.lease_bytes,
         "reserved_bytes": None if report.memory is None else report.memory.reserved_bytes,
+        "compute_kind": report.compute_kind,
         "link_kind": report.link_kind,
         "link_bytes_per_s": report.link_bytes_per_s,
         "running": report.running,

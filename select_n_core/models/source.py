@@ -19,7 +19,8 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-_HUB_ALLOW = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+_HUB_TEXT = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
+_HUB_WEIGHTS = ("*.safetensors",)
 # Folders hold other formats of the same weights, and so does `consolidated*`.
 _HUB_IGNORE = ["*/*", "consolidated*", *_PICKLES, "*.py"]
 
@@ -33,24 +34,38 @@ def resolve(source: str) -> Path:
     """
     if source.startswith(demo.SCHEME):
         return demo.materialise(source.removeprefix(demo.SCHEME))
+    directory = _find(source, _HUB_TEXT + _HUB_WEIGHTS)
+    _check(source, directory)
+    return directory
+
+
+def resolve_text(source: str) -> Path:
+    """The local directory of a model's tokenizer: all that one with paced compute needs of it.
+
+    As `resolve`, but weights are neither asked for nor downloaded.
+    """
+    if source.startswith(demo.SCHEME):
+        return demo.materialise(source.removeprefix(demo.SCHEME))
+    return _find(source, _HUB_TEXT)
+
+
+def _find(source: str, files: tuple[str, ...]) -> Path:
+    """The directory that `source` names: a local one, or the hub's with `files` of it."""
     path = os.path.expanduser(source)  # like isdir and exists, it never raises
     if os.path.isdir(path):
-        directory = Path(path).resolve()
-    elif os.path.exists(path):
+        return Path(path).resolve()
+    if os.path.exists(path):
         raise ModelNotFoundError(
             f"source: {source} is a file; name the directory that holds its config.json",
             field="source",
         )
-    elif _is_path(source):
+    if _is_path(source):
         raise ModelNotFoundError(
             f"source: no directory {source}; "
             "name an existing one, a hub id (owner/name) or demo:NAME",
             field="source",
         )
-    else:
-        directory = _download(source)
-    _check(source, directory)
-    return directory
+    return _download(source, files)
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
@@ -98,7 +113,7 @@ def _is_path(source: str) -> bool:
     return source.startswith((".", "~")) or source.count("/") > 1 or Path(source).is_absolute()
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: tuple[str, ...]) -> Path:
     """The snapshot of a hub model, from the local cache where that is complete."""
     # The hub's client takes a third of a second to import; most sources do not need it.
     from huggingface_hub import snapshot_download
@@ -111,7 +126,7 @@ def _download(hub_id: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(hub_id, allow_patterns=_HUB_ALLOW, ignore_patterns=_HUB_IGNORE)
+            snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=_HUB_IGNORE)
         )
     except HFValidationError as error:
         problem = "is neither a directory, a hub id (owner/name) nor demo:NAME"

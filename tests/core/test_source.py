@@ -23,7 +23,7 @@ from select_n_core.errors import (
 )
 from select_n_core.models import demo
 from select_n_core.models.checkpoint import Checkpoint
-from select_n_core.models.source import model_config_hash, resolve
+from select_n_core.models.source import model_config_hash, resolve, resolve_text
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "rope_parameters": {"rope_theta": 1e4}}
 
@@ -221,6 +221,18 @@ def test_a_hub_id_brings_safetensors_and_tokenizer_and_no_code(hub: type[Hub]) -
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_text_needs_no_weights_from_the_hub_and_none_in_a_directory(
+    hub: type[Hub], tmp_path: Path
+) -> None:
+    names = {path.name for path in resolve_text("owner/model").iterdir()}
+    assert {"tokenizer.json", "config.json"} <= names
+    assert not any(name.endswith((".safetensors", ".bin", ".py")) for name in names)
+    bare = write_model(tmp_path / "bare", LLAMA, "tokenizer.json").resolve()
+    assert resolve_text(str(bare)) == bare
+    with pytest.raises(ModelNotFoundError, match="no directory"):
+        resolve_text(str(tmp_path / "none" / "at" / "all"))
 
 
 def test_a_model_in_the_hub_cache_needs_no_network(

@@ -18,6 +18,7 @@ BASE = ReplicaReport(
     mirrored=10,
     mirrored_bytes=700,
     lease_bytes=1000,
+    compute_kind="real",
     link_kind="emulated",
     link_bytes_per_s=1e9,
     running=1,

@@ -9,11 +9,16 @@ from ray import cloudpickle
 from standins import MODEL, args, soon
 
 from deployments import app
-from deployments.app import assemble, build_app
+from deployments.app import assemble, build_app, routed
 from deployments.backend import HandleBackend
 from deployments.calls import Accepted, Call, Delta, Failure
+from deployments.control.cache import SnapshotCache
+from deployments.control.remote import RemoteController
 from deployments.naming import deployment_name
+from deployments.routing.attempts import RoutedBackend
+from deployments.routing.pilot import Pilot
 from deployments.sizing import actor_options
+from select_n_core.config import parse_args
 from select_n_core.errors import ConfigError
 
 APP = "application-test"
@@ -109,6 +114,17 @@ async def test_closing_a_stream_stops_its_request_on_the_replica(backend):
         return await waiting(backend) == before + 1
 
     await soon(is_cancelled)
+
+
+def test_the_baseline_leaves_the_choice_of_a_replica_to_ray_serve(text):
+    replicas = standins.LocalBackend(standins.replica(standins.ScriptedEngine(text), text))
+    own = args()
+    pilot = Pilot("here", MODEL, own.models[0].slo.targets(), SnapshotCache(RemoteController()))
+    assert isinstance(routed(replicas, pilot, own, lambda *_: None), RoutedBackend)
+    baseline = parse_args(own.model_dump() | {"routing": "power_of_two"})
+    assert routed(replicas, pilot, baseline, lambda *_: None) is replicas
+    with pytest.raises(ConfigError, match="routing"):
+        parse_args(own.model_dump() | {"routing": "best"})
 
 
 async def test_a_killed_replica_is_a_failure_that_says_send_again(backend):

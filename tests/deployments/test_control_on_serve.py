@@ -1,8 +1,10 @@
 """The controller on a real Serve: what it hears and tells, and that serving needs it not."""
 
 import asyncio
+import sys
 import time
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import pytest
 import served
@@ -11,6 +13,9 @@ from ray import cloudpickle
 from reports import report
 from standins import MODEL, args, soon
 
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.cluster_break import keep_controller_down, kill_controller
 from deployments import ray_compat
 from deployments.app import assemble
 from deployments.backend import HandleBackend
@@ -159,19 +164,6 @@ async def calling(backend):
     await asyncio.gather(*clients)
 
 
-def kill_controller() -> bool:
-    """Whether there was one."""
-    import ray
-    from ray.util import list_named_actors
-
-    names = [each["name"] for each in list_named_actors(all_namespaces=True)]
-    living = [name for name in names if f"{CONTROL_APPLICATION}#{CONTROLLER}" in name]
-    for name in living:
-        with suppress(ValueError):  # it ended by itself meanwhile
-            ray.kill(ray.get_actor(name, namespace="serve"))
-    return bool(living)
-
-
 async def hears_replicas(cache: SnapshotCache, epoch: int) -> None:
     async def is_told() -> bool:
         return bool(cache.snapshot and cache.snapshot.epoch >= epoch and _replicas(cache))
@@ -196,11 +188,7 @@ async def test_a_controller_that_is_kept_down_for_30_s_costs_no_request(backend)
         await hears_replicas(cache, 1)
         before = cache.snapshot
         async with calling(backend) as ended:
-            kills, end_s = 0, time.monotonic() + 30
-            while time.monotonic() < end_s:
-                kills += await asyncio.to_thread(kill_controller)
-                await asyncio.sleep(0.05)
-            assert kills > 1
+            assert await keep_controller_down(30) > 1
             assert cache.snapshot.replicas  # the last that was heard of them
             await hears_replicas(cache, before.epoch + 1)
     assert ended

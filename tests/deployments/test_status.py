@@ -207,6 +207,14 @@ def test_the_table_shows_what_is_promised_beside_what_was_seen():
         assert cell in line
 
 
+def test_a_model_whose_compute_is_paced_is_called_so():
+    shown = io.StringIO()
+    told = document(report(model="dry"), report("b", model="dry-run", compute_kind="paced"))
+    Console(file=shown, width=200).print(tables(told))
+    assert "dry-run (paced)" in shown.getvalue()
+    assert shown.getvalue().count("paced") == 1
+
+
 def test_on_a_terminal_it_is_shown_again_and_again_until_ctrl_c(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=160)
     told = [document(report("a", admitted=count)) for count in (41, 42, 43)]
