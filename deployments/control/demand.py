@@ -33,6 +33,7 @@ class Demand:
         self._offered_per_s = 0.0
         self._waiting_per_s = 0.0
         self._rungs = ladder.rungs(0.0)
+        self._priority = 0
 
     @property
     def offered_per_s(self) -> float:
@@ -63,16 +64,19 @@ class Demand:
         ):
             self._offered_per_s, self._waiting_per_s = offered_per_s, waiting_per_s
             self._rungs = ladder.rungs(offered_per_s, waiting_per_s)
+        self._priority = self._priority_of(self._came(now_s - _MIX_S))
 
     @property
     def priority(self) -> int:
         """Of the class that the first mirror above the floor would serve.
 
         The highest classes are served by the floor, as far as it goes. What all of them together
-        leave of it is the lowest one's.
+        leave of it is the lowest one's. While nobody comes it stays what it was.
         """
-        came = self._came(self._seen[-1][0] - _MIX_S) if self._seen else Counter()
-        total, served_per_s, priority = came.total(), 0.0, 0
+        return self._priority
+
+    def _priority_of(self, came: Counter[int]) -> int:
+        total, served_per_s, priority = came.total(), 0.0, self._priority
         for priority in sorted(came, reverse=True):
             served_per_s += self._offered_per_s * came[priority] / total
             if served_per_s > self._ladder.floor_rate_per_s:

@@ -48,11 +48,6 @@ class Lending:
         self._decided_s = -math.inf
         self._changed = False
 
-    @property
-    def book(self) -> Book:
-        """What is known and was ordered."""
-        return self._book
-
     def set_budget(self, nbytes: int | None) -> None:
         """What may be pinned in each domain; None is what it has."""
         if nbytes != self._budget_bytes:
@@ -151,7 +146,7 @@ class Lending:
             held_bytes=holder.held_bytes,
             granted_bytes=account.committed_bytes - taken_bytes,
             revoked_bytes=account.revoked_bytes,
-            wanted_bytes=holder.bytes_of(holder.wanted),
+            wanted_bytes=holder.bytes_of(holder.needed),
             is_late=is_late,
         )
 
@@ -210,7 +205,8 @@ def _added(ladders: Iterable[tuple[Rung, ...]]) -> tuple[Rung, ...]:
     for ladder in ladders:
         for at, rung in enumerate(ladder):
             if at < len(added):
-                added[at] = Rung(rung.nbytes, added[at].gain_per_s + rung.gain_per_s)
+                gain_per_s = added[at].gain_per_s + rung.gain_per_s
+                added[at] = Rung(rung.nbytes, gain_per_s, added[at].spare and rung.spare)
             else:
                 added.append(rung)
     return tuple(added)

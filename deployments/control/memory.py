@@ -108,7 +108,7 @@ class HolderFacts:
         name: of the model, or as it stands in the ledger. replicas: that report; they share.
         priority: of its class; None for who does not report.
         granted_bytes: that it may pin and has not. revoked_bytes: that it is to give back.
-        wanted_bytes: that it has a use for, in all; None for who does not report.
+        wanted_bytes: that it has a use for at its load, in all; None for who does not report.
         is_late: whether it should have given back what was revoked.
     """
 

@@ -210,7 +210,7 @@ class Book:
                     continue
                 resting = now_s - current.moved_s < self.rules.dwell_s
                 if resting and priority <= current.holder.priority:
-                    rungs = max(rungs, current.holder.wanted)
+                    rungs = max(rungs, current.holder.needed)
                 nbytes, kept = _to_give_back(current.holder, rungs, need)
                 if nbytes > 0:
                     need -= nbytes

@@ -13,6 +13,7 @@ from select_n_core.decisions.loans import Rung
 from select_n_core.decisions.plan import Plan
 
 _EQUAL = 1e-6  # rates that differ by less are the same rate, summed in another order
+_SPARE = 1e-3  # of what mirrors gain at full load: what they gain while no load wants them
 
 
 def paged(nbytes: int) -> int:
@@ -82,7 +83,7 @@ class Ladder:
 
         With m mirrors the best k up to m is streamed, and no more requests are served than come.
         Those that wait may be longer than typical ones and lack KV where those would not: every
-        mirror gains at least an equal part of them.
+        mirror gains at least an equal part of them. One that gains nothing at this load is spare.
 
         Args:
             offered_per_s: typical requests that come, as far as they are to be served here.
@@ -90,11 +91,13 @@ class Ladder:
         """
         rates = [min(offered_per_s, rate) for rate in self.rates_per_s]
         best = max(rates[: self.k_min + 1])
-        rungs = []
+        rungs, count = [], len(rates) - 1 - self.k_min
         for k in range(self.k_min + 1, len(rates)):
             gain, best = rates[k] - best, max(best, rates[k])
-            gain = max(gain, waiting_per_s / (len(rates) - 1 - self.k_min))
-            rungs.append(Rung(paged(self.unit_bytes[k - 1]), gain if gain > _EQUAL * best else 0.0))
+            gain, spare = max(gain, waiting_per_s / count), False
+            if gain <= _EQUAL * best:
+                gain, spare = _SPARE * max(self.rates_per_s) / count, True
+            rungs.append(Rung(paged(self.unit_bytes[k - 1]), gain, spare))
         return tuple(rungs)
 
 

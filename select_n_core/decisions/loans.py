@@ -17,10 +17,16 @@ HYSTERESIS = 0.2  # a loan is worth so much more to whom it was made
 
 
 class Rung(NamedTuple):
-    """One mirror more: what it takes and the requests per second that it adds."""
+    """One mirror more: what it takes and the requests per second that it adds.
+
+    Attributes:
+        spare: it would add them only if more came than does; the gain is then a small part of
+            that, so that memory which nobody needs is lent as well.
+    """
 
     nbytes: int
     gain_per_s: float
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,14 @@ class Holder:
     def wanted(self) -> int:
         """Rungs that it has a use for: up to the last one that gains anything."""
         return max((at for at, rung in enumerate(self.rungs, 1) if rung.gain_per_s > 0), default=0)
+
+    @property
+    def needed(self) -> int:
+        """Rungs that it has a use for at the load there is."""
+        needed = (
+            at for at, rung in enumerate(self.rungs, 1) if rung.gain_per_s > 0 and not rung.spare
+        )
+        return max(needed, default=0)
 
     @property
     def lent(self) -> int:

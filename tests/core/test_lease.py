@@ -60,16 +60,28 @@ def test_a_mirror_that_makes_it_slower_gains_nothing_and_loses_nothing(plan):
     changed = list(plan.candidates)
     changed[4] = replace(changed[4], serving=changed[4].serving._replace(requests_per_s=0.001))
     slower = Ladder.of(replace(plan, candidates=tuple(changed)))
-    gains = [rung.gain_per_s for rung in slower.rungs()]
+    gains = needed(slower.rungs())
     both = [rung.gain_per_s for rung in Ladder.of(plan).rungs()]
     assert gains == pytest.approx([0.0, both[0] + both[1], both[2]])
 
 
+def needed(rungs) -> list[float]:
+    """What they gain at the load there is."""
+    return [0.0 if rung.spare else rung.gain_per_s for rung in rungs]
+
+
 def test_nobody_gains_from_serving_more_than_comes(plan):
     least = plan.candidates[3].requests_per_s
-    assert [rung.gain_per_s for rung in Ladder.of(plan).rungs(least)] == [0.0] * 3
-    some = Ladder.of(plan).rungs(least + 0.5)
-    assert sum(rung.gain_per_s for rung in some) == pytest.approx(0.5)
+    assert needed(Ladder.of(plan).rungs(least)) == [0.0] * 3
+    assert sum(needed(Ladder.of(plan).rungs(least + 0.5))) == pytest.approx(0.5)
+
+
+def test_what_no_load_wants_gains_far_less_than_what_one_does(plan):
+    ladder = Ladder.of(plan)
+    idle, loaded = ladder.rungs(0.0), ladder.rungs()
+    assert all(rung.spare for rung in idle)
+    assert not any(rung.spare for rung in loaded)
+    assert 0 < 100 * max(idle).gain_per_s < min(rung.gain_per_s for rung in loaded)
 
 
 def test_host_memory_that_the_plan_was_not_given_still_counts_as_a_gain(plan):
@@ -107,7 +119,7 @@ def test_a_typical_request_lives_as_long_as_it_is_among_those_that_are_served(pl
 def test_where_typical_requests_gain_nothing_those_that_wait_do(plan):
     """They may be longer, and the planner mirrors units for such: see `decisions.lending`."""
     flat = replace(Ladder.of(plan), rates_per_s=(4.0,) * 7)
-    assert [rung.gain_per_s for rung in flat.rungs(9.0)] == [0.0] * 3
+    assert needed(flat.rungs(9.0)) == [0.0] * 3
     assert [rung.gain_per_s for rung in flat.rungs(9.0, waiting_per_s=3.0)] == [1.0] * 3
 
 

@@ -40,7 +40,8 @@ def engine() -> Engine:
 
 
 def gains(demand: Demand) -> list[float]:
-    return [rung.gain_per_s for rung in demand.rungs]
+    """At the load there is."""
+    return [0.0 if rung.spare else rung.gain_per_s for rung in demand.rungs]
 
 
 def test_mirrors_of_an_idle_model_gain_nothing(engine):
@@ -107,6 +108,10 @@ class TestPriority:
             engine.run(0.1, per_s=0.5, priority=10)
             engine.run(0.1, per_s=0.5, priority=-2)
         assert engine.demand.priority == -2
+
+    def test_while_nobody_comes_it_stays_theirs_who_came_last(self, engine):
+        engine.run(3, per_s=6.0, priority=10, running=6)
+        assert engine.run(30, running=6).priority == 10
 
     def test_who_came_long_ago_is_forgotten(self, engine):
         engine.run(3, per_s=6.0, priority=10)

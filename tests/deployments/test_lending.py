@@ -84,7 +84,7 @@ class Replica:
             k_min=self.floor,
             floor_bytes=MIRROR * self.floor,
             host_kv_bytes=0,
-            rungs=tuple(Rung(MIRROR, gain) for gain in self.gains),
+            rungs=tuple(Rung(MIRROR, gain, spare=gain < 0.01) for gain in self.gains),
             reserved_bytes=MIRROR * self.mirrors,
             epoch=self.fence.epoch,
             answered=self.answered,
@@ -177,6 +177,19 @@ def test_memory_follows_the_load_from_one_model_to_the_other_within_three_second
     world.rounds(3)
     assert world.mirrors() == {"one": 1, "other": 15}
     assert world.machine.most_used <= CAPACITY
+
+
+def test_what_nobody_needs_is_lent_to_the_idle_and_taken_back_at_once(world):
+    one, other = world.add("one", *[0.001] * 14), world.add("other", *[0.001] * 14)
+    world.rounds(4)
+    assert one.mirrors + other.mirrors == 16
+    (domain,) = world.snapshot().memory
+    assert {each.wanted_bytes for each in domain.holders} == {MIRROR}
+    for loaded, wanted in ((one, 8), (one, 12), (one, 15)):
+        loaded.gains = (1.0,) * (wanted - 1) + (0.001,) * (15 - wanted)
+        world.rounds(0.4)
+        assert loaded.mirrors >= wanted, "it waits for nothing to rest"
+    assert other.mirrors == 1
 
 
 def test_two_loaded_models_share_by_what_a_mirror_gains_each(world):
