@@ -107,6 +107,15 @@ def test_64_streamed_tokens_move_64_times_k_units_over_the_link(server, client):
     assert 63 * streamed_units(server) <= moved <= 65 * k
 
 
+def test_a_prompt_that_comes_again_is_not_computed_again(client):
+    prompt = "The quick brown fox jumps over the lazy dog. " * 8
+    first, again = (
+        client.completions.create(model=MODEL, prompt=prompt, max_tokens=2).usage for _ in range(2)
+    )
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert 64 <= again.prompt_tokens_details.cached_tokens < again.prompt_tokens
+
+
 def test_a_wrong_request_is_a_400_and_harms_nobody(client):
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
         client.chat.completions.create(
