@@ -30,12 +30,6 @@ class Prefixes:
         self._blocks = blocks
         self._salts = salts
 
-    def arrived(self, sequence: Sequence) -> None:
-        """A new sequence: its prompt is looked for from now on."""
-        self.end(sequence)
-        if self._salts is not None and sequence.findable:
-            self._extend(sequence, 1)
-
     def look(self, waiting: Iterable[Sequence]) -> None:
         """What those that wait would find, brought up to date; true until blocks are given away."""
         if self._salts is None:
@@ -43,7 +37,7 @@ class Prefixes:
         known, find, size = self._blocks.names, self._blocks.find, self._blocks.block_tokens
         for each in waiting:
             names, most = each.names, each.findable
-            if names and names[0] not in known and each.found is NOTHING:
+            if each.found is NOTHING and (not most or names[0] not in known):
                 continue
             end = min(len(names), most)
             found = find(names, end, each.found)
@@ -80,8 +74,8 @@ class Prefixes:
                 self._blocks.name(each.request.id, each.names, each.named, count)
                 self._is_named(each, count)
 
-    def end(self, sequence: Sequence) -> None:
-        """The sequence owns no blocks, or none any more."""
+    def waits(self, sequence: Sequence) -> None:
+        """The sequence owns no blocks, yet or any more: it is looked for from now on."""
         if self._salts is None:
             return
         self._is_named(sequence, 0)
@@ -89,6 +83,8 @@ class Prefixes:
         # At least one token is computed: the next one follows from it.
         known = sequence.computed or len(sequence.tokens) - 1
         sequence.findable = known // self._blocks.block_tokens
+        if sequence.findable:
+            self._extend(sequence, 1)
 
     def _is_named(self, sequence: Sequence, blocks: int) -> None:
         sequence.named = blocks

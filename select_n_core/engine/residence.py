@@ -159,7 +159,7 @@ class Residence:
         if sequence.room:
             sequence.owns(0, self._blocks.block_tokens)
             self._blocks.release(sequence.request.id)
-        self._prefixes.end(sequence)
+        self._prefixes.waits(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
         sequence.coming_back = False

@@ -206,7 +206,7 @@ class Scheduler:
         if (queued := self._crowd(request, places)) is not None:
             self.returned[Reason.QUEUE] += 1
             raise queue_full(queued, self._fits_in_s(sequence))
-        self.prefixes.arrived(sequence)
+        self.prefixes.waits(sequence)
         self._ledger.join(request.tenant, request.weight)
         self._tpots_s[sequence.aim.tpot_s] += 1
         self.waiting[request.id] = sequence
