@@ -30,7 +30,12 @@ def server(tmp_path_factory):
         "interval": 2,
         "link": {"kind": "emulated", "bandwidth": "10GB/s", "bus": {"name": "shared"}},
     }
-    with serving(document, directory, SELECT_N_CACHE=str(directory / "cache")) as running:
+    (directory / "run").mkdir()  # of a ledger that no other server on this machine shares
+    environment = {
+        "SELECT_N_CACHE": str(directory / "cache"),
+        "XDG_RUNTIME_DIR": str(directory / "run"),
+    }
+    with serving(document, directory, **environment) as running:
         yield running
 
 
