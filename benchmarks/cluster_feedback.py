@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from benchmarks.cluster_link import NodeLink
@@ -30,6 +31,7 @@ _LOAD = 0.6  # of what both replicas serve at best
 _HALVINGS = 20
 _HALVED_S, _WHOLE_S = 6.0, 6.0
 _STEPS_S = [-3.0, -2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0]
+_SETTLED_S = 2.0
 _SHORT = Lengths(median=64, sigma=0.3, least=16, most=256)
 
 
@@ -59,10 +61,10 @@ def _run(stand: Stand, model: PacedModel, rate_per_s: float) -> dict[str, Any]:
         within = [look for look in watched.looks if 0 <= look.at_s <= seconds]
         names = [each.replica for each in watch.replicas() if each.node == slow.id]
         total = score(sources, seen.outcomes, seconds, tokens_of(seen, [model.name]))
+        curve = mean_curve(moments, lambda begin, end: _share(within, names, begin, end), _STEPS_S)
         return {
-            "curve": mean_curve(
-                moments, lambda begin, end: _share(within, names, begin, end), _STEPS_S
-            ),
+            "curve": curve,
+            "falls_s": falls_s(curve),
             "age_s": spread([look.age_s for look in within]),
             "halvings": halvings,
             "score": total.document(),
@@ -73,6 +75,19 @@ def _run(stand: Stand, model: PacedModel, rate_per_s: float) -> dict[str, Any]:
         }
 
     return run_served(2, document([model], {}), 2, run)
+
+
+def falls_s(curve: Sequence[tuple[float, float | None]]) -> float | None:
+    """Seconds until the share had gone half of its way down; None where it did not fall.
+
+    It came from its mean before, and settled at the mean of what is seen after `_SETTLED_S`.
+    """
+    before = [share for end_s, share in curve if share is not None and end_s <= 0]
+    settled = [share for end_s, share in curve if share is not None and end_s > _SETTLED_S]
+    if not before or not settled or fmean(settled) >= fmean(before):
+        return None
+    half = (fmean(before) + fmean(settled)) / 2
+    return next(e for e, share in curve if e > 0 and share is not None and share <= half)
 
 
 def _share(looks: Sequence[Look], names: Sequence[str], begin: float, end: float) -> float | None:
@@ -98,13 +113,17 @@ def lines(found: dict[str, Any]) -> list[str]:
     shown = ", ".join(f"{end_s:+.1f} s {share:.0%}" for end_s, share in curve.items())
     return [
         f"feedback: {found['halvings']} times the link of one of two replicas is halved; its "
-        f"share of the requests let in, up to so long after: {shown} (goal: fallen by "
-        f"+{FALL_GOAL_S:g} s)",
+        f"share of the requests let in, up to so long after: {shown}",
+        f"  half of its fall was done after {_s(found['falls_s'])} (goal {FALL_GOAL_S:g} s)",
         f"  {found['line']}; CPU {found['cpu']:.0%}",
         f"age of the facts that an ingress decides by: p50 {_ms(age['p50'])}, "
         f"p95 {_ms(age['p95'])} (goal {_ms(AGE_GOAL_S)}), at most {_ms(age['max'])}, "
         f"{age['count']} looks",
     ]
+
+
+def _s(seconds: float | None) -> str:
+    return "- (it did not fall)" if seconds is None else f"{seconds:.1f} s"
 
 
 def _ms(seconds: float | None) -> str:

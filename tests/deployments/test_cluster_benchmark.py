@@ -195,6 +195,12 @@ def test_a_curve_is_the_mean_over_all_moments_of_what_was_seen():
     assert found == [(0.0, 14.0), (1.0, 15.0), (2.0, 11.0)]
 
 
+def test_a_share_has_fallen_when_half_of_the_way_is_done():
+    curve = [(-1.0, 0.5), (0.0, 0.5), (0.5, None), (1.0, 0.45), (1.5, 0.3), (3.0, 0.1), (4.0, 0.3)]
+    assert cluster_feedback.falls_s(curve) == 1.5
+    assert cluster_feedback.falls_s([(at_s, 0.5) for at_s, _ in curve]) is None
+
+
 def test_admissions_are_counted_between_two_moments():
     def look(at_s: float, replica: str, admitted: int) -> Look:
         return Look(at_s, replica, "alpha", "node", 1, 1, 1, admitted, 0, 0, 0.1)
