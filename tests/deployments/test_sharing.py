@@ -80,7 +80,7 @@ class TestSharing:
 
 class TestPolicy:
     async def find_out(self, monkeypatch, cache, *, controller: bool) -> HeardPolicy:
-        monkeypatch.setattr("deployments.control.policy._has_controller", lambda: controller)
+        monkeypatch.setattr("deployments.control.policy.has_controller", lambda: controller)
         policy = HeardPolicy(cache)
         await policy.find_out()
         return policy

@@ -14,7 +14,7 @@ from tiny import save_tiny
 
 DEADLINE_S = 90.0
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
